@@ -1,0 +1,43 @@
+"""Package laver_mcore: the training engine and its entry point `pretrain_laver`.
+
+The kernels are a distribution of their own (`kernels/`), because a kernel engineer wants only those.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = "0.1.0"
+
+setup(
+    name="laver-mcore",
+    version=VERSION,
+    description="Megatron-style training of vision-language models with latent visual reconstruction (LaVer).",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["laver_mcore", "laver_mcore.*"]),
+    py_modules=["pretrain_laver"],
+    install_requires=[
+        f"laver-kernels=={VERSION}",
+        "torch>=2.11",
+        "megatron-core>=0.16.1,<0.17",
+        "transformers>=5.0",
+        "tyro>=1.0",
+        "pydantic>=2.10",
+        "pyyaml>=6.0",
+        "numpy>=2.0",
+        "pillow>=12.3,<13",
+        "psutil>=6.0",  # without it Megatron's checkpoint writer dies and a save hangs
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.18",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "demo": ["scikit-learn>=1.6", "scikit-image>=0.25", "matplotlib>=3.10"],
+        "wandb": ["wandb"],
+        "triton": ["triton>=3.6"],
+    },
+)
