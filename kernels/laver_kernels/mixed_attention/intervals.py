@@ -1,0 +1,146 @@
+"""The mixed-attention mask as one interval per row and one per column: 16 bytes a token, no [T, T]."""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laver_kernels.checks import can_read, want_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervals:
+    """Row `i` sees keys `[row_lo[i], row_hi[i])`; column `j` is seen by rows `[col_lo[j], col_hi[j])`.
+
+    All four are int32 `[T]` on one device. Among rows that see anything, lows and highs never decrease.
+    A row with `lo >= hi` is empty: its output and its gradients are zero (padding).
+    `blocks` are optional document boundaries as Python integers, `(0, end of first, ..., T)`: no row sees
+    past its block. Only the reference uses them, to skip what no row sees; it finds them where they are None.
+
+    Raises:
+        ValueError: wrong dtype, shape or device; for CPU tensors also unordered or contradictory intervals,
+            when the mask is first used.
+    """
+
+    row_lo_T: Tensor
+    row_hi_T: Tensor
+    col_lo_T: Tensor
+    col_hi_T: Tensor
+    blocks: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        device = self.row_lo_T.device
+        num_tokens = self.row_lo_T.shape[0] if self.row_lo_T.dim() else 0
+        for name in ("row_lo_T", "row_hi_T", "col_lo_T", "col_hi_T"):
+            want_tensor("Intervals", name, getattr(self, name), (num_tokens,), (torch.int32,), device)
+        if self.blocks is not None:
+            bounds = self.blocks
+            ordered = all(a < b for a, b in itertools.pairwise(bounds))
+            if len(bounds) < 1 or bounds[0] != 0 or bounds[-1] != num_tokens or not ordered:
+                raise ValueError(
+                    f"Intervals: blocks={bounds}, want increasing boundaries from 0 to T={num_tokens}"
+                )
+
+    def __len__(self) -> int:
+        return self.row_lo_T.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.row_lo_T.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Intervals":
+        """The same mask on another device."""
+        if torch.device(device) == self.device:
+            return self
+        moved = (
+            tensor.to(device, non_blocking=non_blocking)
+            for tensor in (self.row_lo_T, self.row_hi_T, self.col_lo_T, self.col_hi_T)
+        )
+        row_lo_T, row_hi_T, col_lo_T, col_hi_T = moved
+        return Intervals(
+            row_lo_T=row_lo_T, row_hi_T=row_hi_T, col_lo_T=col_lo_T, col_hi_T=col_hi_T, blocks=self.blocks
+        )
+
+    @classmethod
+    def from_rows(
+        cls, row_lo_T: Tensor, row_hi_T: Tensor, blocks: tuple[int, ...] | None = None
+    ) -> "Intervals":
+        """Derives the column intervals from ordered row intervals, both int32 `[T]` (empty rows included)."""
+        col_lo_T, col_hi_T = _columns(row_lo_T, row_hi_T)
+        return cls(row_lo_T=row_lo_T, row_hi_T=row_hi_T, col_lo_T=col_lo_T, col_hi_T=col_hi_T, blocks=blocks)
+
+    def validate(self) -> None:
+        """Checks order and that rows and columns describe the same mask; free of cost but on the first call.
+
+        Values on a GPU are not looked at: that would wait for the device.
+        """
+        if can_read(self.row_lo_T):
+            _ = self._is_consistent
+
+    @functools.cached_property
+    def _is_consistent(self) -> bool:
+        lo_T, hi_T = self.row_lo_T, self.row_hi_T
+        seen = (lo_T < hi_T).nonzero().flatten()
+        lo, hi = lo_T[seen], hi_T[seen]
+        if len(seen) and (int(lo.min()) < 0 or int(hi.max()) > len(self)):
+            raise ValueError(
+                f"Intervals: rows reach [{int(lo.min())}, {int(hi.max())}), want within [0, {len(self)})"
+            )
+        for name, bound in (("row_lo_T", lo), ("row_hi_T", hi)):
+            falls = (bound[1:] < bound[:-1]).nonzero().flatten()
+            if len(falls):
+                at = int(falls[0])
+                raise ValueError(
+                    f"Intervals: {name} falls from {int(bound[at])} at row {int(seen[at])} to "
+                    f"{int(bound[at + 1])} at row {int(seen[at + 1])}, want ordered intervals"
+                )
+        self._check_columns()
+        if self.blocks is not None:
+            self._check_blocks(seen, lo, hi)
+        return True
+
+    def _check_columns(self) -> None:
+        want_lo, want_hi = _columns(self.row_lo_T, self.row_hi_T)
+        # Compared as ranges over the rows that see anything: empty rows inside an interval change nothing.
+        rank = torch.zeros(len(self) + 1, dtype=torch.int64)
+        rank[1:] = (self.row_lo_T < self.row_hi_T).cumsum(0)
+        got_first, got_last = rank[self.col_lo_T.clamp(0, len(self))], rank[self.col_hi_T.clamp(0, len(self))]
+        want_first, want_last = rank[want_lo], rank[want_hi]
+        both_empty = (got_first >= got_last) & (want_first >= want_last)
+        same = both_empty | ((got_first == want_first) & (got_last == want_last))
+        wrong = (~same).nonzero().flatten()
+        if len(wrong):
+            at = int(wrong[0])
+            raise ValueError(
+                f"Intervals: column {at} says [{int(self.col_lo_T[at])}, {int(self.col_hi_T[at])}), "
+                f"the row intervals say [{int(want_lo[at])}, {int(want_hi[at])})"
+            )
+
+    def _check_blocks(self, seen: Tensor, lo: Tensor, hi: Tensor) -> None:
+        bounds = torch.tensor(self.blocks, dtype=torch.int64)
+        block = torch.searchsorted(bounds, seen, right=True) - 1
+        outside = ((lo < bounds[block]) | (hi > bounds[block + 1])).nonzero().flatten()
+        if len(outside):
+            at = int(outside[0])
+            raise ValueError(
+                f"Intervals: row {int(seen[at])} sees [{int(lo[at])}, {int(hi[at])}), outside its block "
+                f"[{int(bounds[block[at]])}, {int(bounds[block[at] + 1])})"
+            )
+
+
+def _columns(row_lo_T: Tensor, row_hi_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Column `j` is seen from the first row whose `hi` exceeds `j` up to the first row whose `lo` does."""
+    num_tokens = len(row_lo_T)
+    seen = (row_lo_T < row_hi_T).nonzero().flatten()
+    column = torch.arange(num_tokens, dtype=torch.int32, device=row_lo_T.device)
+    first = torch.searchsorted(row_hi_T[seen].contiguous(), column, right=True)
+    last = torch.searchsorted(row_lo_T[seen].contiguous(), column, right=True)
+    # Back from the k-th row that sees anything to its place in the sequence; an empty interval stays empty.
+    place = torch.cat([seen, seen.new_full((1,), num_tokens)])
+    end = torch.cat([seen.new_zeros(1), seen + 1])
+    is_seen = first < last
+    col_lo = torch.where(is_seen, place[first], 0)
+    col_hi = torch.where(is_seen, end[last], 0)
+    return col_lo.int(), col_hi.int()

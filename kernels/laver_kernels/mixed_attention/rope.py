@@ -1,0 +1,55 @@
+"""Rotary position embedding as one cos/sin table per batch, shared by all layers: 1D, 2D and sections."""
+
+import torch
+from torch import Tensor
+
+from laver_kernels.checks import want_tensor
+
+
+def rope_table(
+    positions_3T: Tensor,
+    head_dim: int,
+    base: float = 1e6,
+    section: tuple[int, int, int] | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Tabulates cos and sin, fp32 `[T, head_dim / 2]`, of the angle of every token and frequency.
+
+    `positions_3T` holds (t, row, column) per token. Frequency `f` (angle = position * base^(-2f / head_dim))
+    reads the axis in whose band it falls: the first `section[0]` frequencies read t, the next row, the next
+    column; the default `(0, head_dim/4, head_dim/4)` is the pure 2D split. Where the three positions agree
+    (text) this is 1D RoPE. Source: Qwen2-VL's multimodal RoPE (arXiv 2409.12191, 2.1), same band order.
+
+    Raises:
+        ValueError: odd head dimension, or a section that does not sum to head_dim / 2.
+    """
+    want_tensor(
+        "rope_table", "positions_3T", positions_3T, (3, "T"), (torch.int32, torch.int64, torch.float32)
+    )
+    num_frequencies = head_dim // 2
+    if section is None:
+        if head_dim % 4:
+            raise ValueError(f"rope_table: head_dim={head_dim} has no equal 2D split, want a multiple of 4")
+        section = (0, head_dim // 4, head_dim // 4)
+    if head_dim % 2 or len(section) != 3 or min(section) < 0 or sum(section) != num_frequencies:
+        raise ValueError(
+            f"rope_table: section={section} for head_dim={head_dim}, "
+            f"want three counts that sum to {head_dim / 2:g}"
+        )
+    device = positions_3T.device if device is None else torch.device(device)
+    exponent_F = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    frequency_F = 1.0 / base**exponent_F
+    axis_F = torch.repeat_interleave(torch.arange(3, device=device), torch.tensor(section, device=device))
+    position_TF = positions_3T.to(device).float()[axis_F].T
+    angle_TF = position_TF * frequency_F
+    return angle_TF.cos().contiguous(), angle_TF.sin().contiguous()
+
+
+def rotate(x_THD: Tensor, cos_TF: Tensor, sin_TF: Tensor, inverse: bool = False) -> Tensor:
+    """Rotates the pairs (x[f], x[f + D/2]) by the table's angles (half-split convention), in fp32 or fp64."""
+    wide = torch.promote_types(x_THD.dtype, torch.float32)
+    cos, sin = cos_TF.to(wide)[:, None], sin_TF.to(wide)[:, None]
+    if inverse:
+        sin = -sin
+    first, second = x_THD.to(wide).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_THD.dtype)
