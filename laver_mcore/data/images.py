@@ -47,14 +47,26 @@ class ImageProcessor(Protocol):
 
 
 def open_image(path: Path) -> Image.Image:
-    """Decode an image file to RGB, EXIF orientation untouched; DataError naming the file if it is damaged."""
+    """Decode an image file to RGB, EXIF orientation untouched, transparency on white.
+
+    Raises DataError naming the file if it is damaged.
+    """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return _to_rgb(image)
     except _DECODE_ERRORS as error:
         raise DataError(
             f"{path}: cannot be decoded ({_reason(error)}); replace the file or drop its record"
         ) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    # On white, as transformers' processors do since 5.2x; before, they dropped the alpha channel, which shows
+    # whatever colour an editor left behind it (black lines on black, in many published diagrams).
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -179,7 +191,7 @@ class PatchImageProcessor:
         side, p, c = self.image_size // self.patch_size, self.patch_size, self.num_channels
         pixels_IHWC = np.empty((len(images), self.image_size, self.image_size, c), dtype=np.uint8)
         for out, image in zip(pixels_IHWC, images, strict=True):
-            image = image.convert("RGB" if c == 3 else "L")
+            image = _to_rgb(image) if c == 3 else _to_rgb(image).convert("L")
             if image.size != (self.image_size, self.image_size):
                 image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
             out[:] = np.asarray(image).reshape(out.shape)
