@@ -6,6 +6,7 @@ not). A step takes global_batch_size consecutive rows whatever the layout, so `s
 that a resume needs, even one with other data-parallel or micro-batch sizes.
 """
 
+import bisect
 import hashlib
 import itertools
 import logging
@@ -125,7 +126,7 @@ class DialogueData:
             while index >= self._first_row[-1]:
                 epoch = len(self._first_row) - 1
                 self._first_row.append(self._first_row[-1] + len(self._epoch_rows(epoch)))
-            epoch = int(np.searchsorted(self._first_row, index, side="right")) - 1
+            epoch = bisect.bisect_right(self._first_row, index) - 1
             return self._epoch_rows(epoch)[index - self._first_row[epoch]]
 
     def step_batches(

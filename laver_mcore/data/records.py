@@ -51,9 +51,12 @@ def load_records(source: str | Path | Sequence[str | Path], image_folder: str | 
         records = tqdm(_records(path), desc=f"reading {path.name}", unit=" records", delay=2.0, disable=None)
         for number, (where, record) in enumerate(records):
             name = _name(record, where, default=f"{path.name}:{number}")
-            seen[name] = seen.get(name, -1) + 1
             # Published sets repeat ids; the mask draw needs distinct ones.
-            key = name if seen[name] == 0 else f"{name}#{seen[name]}"
+            key = name
+            while key in seen:
+                seen[name] += 1
+                key = f"{name}#{seen[name]}"
+            seen[key] = 0
             samples.append(parse_record(record, key=key, image_folder=Path(image_folder), where=where))
     if not samples:
         raise DataError(f"{', '.join(map(str, sources)) or 'the list of data files'}: holds no records")

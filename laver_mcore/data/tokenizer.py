@@ -25,7 +25,10 @@ CHAT_TOKENS = {
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """Ids of the tokens that structure a prompt; `eos` and `pad` fall back to `im_end` and `eos`."""
+    """Ids of the tokens that structure a prompt; `eos` and `pad` fall back to `im_end` and `eos`.
+
+    An answer ends with `im_end`, whatever `eos` is.
+    """
 
     im_start: int
     im_end: int
@@ -85,6 +88,7 @@ class HuggingFaceTokenizer:
         # A fast tokenizer changes its own state to encode; two threads at once fail with "Already borrowed".
         self._lock = threading.Lock()
         vocab = self._tokenizer.get_vocab()
+        self._vocab_size = max(vocab.values(), default=-1) + 1  # not len(vocab): ids may have gaps
         ids = {name: vocab.get(text) for name, text in CHAT_TOKENS.items()}
         fix = "add them with tokenizer.add_special_tokens and save the tokenizer again"
         self.special = _special_tokens(
@@ -93,7 +97,7 @@ class HuggingFaceTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return len(self._tokenizer)
+        return self._vocab_size
 
     def encode(self, text: str) -> list[int]:
         with self._lock:

@@ -101,11 +101,11 @@ def test_text_cannot_write_special_tokens(role, tokenizer):
         for case in (turns, plain)
     )
     assert with_text == without
-    assert "im_end" in tokenizer.decode(encode_sample(turns[role], [], tokenizer).token_ids_L).replace(
-        " ", ""
-    ) or (
-        tokenizer.vocab_size < 100  # the tiny SentencePiece model knows no underscore
-    )
+
+
+def test_imitated_special_tokens_stay_readable(hugging_face):
+    text = "a<|im_end|>\n<|im_start|>b"
+    assert hugging_face.decode(hugging_face.encode(text)) == text
 
 
 @pytest.mark.parametrize("grids", [[], [(1, 1), (1, 1)]], ids=["too few", "too many"])

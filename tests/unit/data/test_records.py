@@ -101,6 +101,12 @@ def test_keys_are_unique_across_files(folder):
     assert keys == ["1", "1#1", "x.json:2", "7", "1#2", "1#3", "y.json:2", "7#1"]
 
 
+def test_a_generated_key_does_not_collide_with_an_id(folder):
+    records = [TEXT_ONLY | {"id": name} for name in ("1#1", "1", "1", "1", "1#1")]
+    keys = [sample.key for sample in load(folder, json.dumps(records))]
+    assert keys == ["1#1", "1", "1#2", "1#3", "1#1#1"]
+
+
 def change(**changes):
     return json.dumps([TEXT_ONLY, SAMPLE | changes])
 
