@@ -104,7 +104,7 @@ def dataset(tmp_path_factory):
             pixels = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name)
         question = "<image>\n" * len(names) + "which digits are in row 2?"
-        answer = "They are 1, 2 and 3. " * (1 + index % 5)
+        answer = "They are 1, 2 and 3. " * (1 + index * index % 11)
         record = {
             "id": f"sample{index}",
             "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],

@@ -1,5 +1,6 @@
 """Order, resume, elasticity, image shares, prefetching."""
 
+import itertools
 import json
 import threading
 import time
@@ -68,21 +69,36 @@ def test_a_batch_is_consistent(data, hugging_face):
 
 def test_an_epoch_visits_every_sample_once_and_each_epoch_differs(data):
     first = 0
-    orders = []
-    for epoch in range(3):
+    groups = []
+    for epoch in range(8):
         rows = [data.row(first + r) for r in range(data.rows_per_epoch(epoch))]
         assert sorted(i for row in rows for i in row) == list(range(40))
         assert all(data.lengths[row].sum() <= 256 for row in rows)
-        orders.append(rows)
+        groups.append({tuple(sorted(row)) for row in rows})
         first += len(rows)
-    assert orders[0] != orders[1] != orders[2]
+    assert all(a != b for a, b in itertools.pairwise(groups))
+    assert len({len(rows) for rows in groups}) > 1, "choose data whose epochs differ in length"
+
+
+def test_batches_hold_the_samples_of_their_rows(data):
+    for step in range(12):
+        (batch,) = data.step_batches(step, global_batch_size=2, micro_batch_size=2)
+        members = [index for row in (2 * step, 2 * step + 1) for index in data.row(row)]
+        assert list(batch.document_lengths) == data.lengths[members].tolist()
+        keys = [(data.samples[i].key, n) for i in members for n in range(len(data.samples[i].images))]
+        assert list(batch.image_keys) == keys
 
 
 def test_rows_do_not_depend_on_what_was_asked_before(data, dataset, hugging_face):
     fresh = build(dataset, hugging_face)
     late = [fresh.row(r) for r in (97, 3, 60, 0)]
     assert late == [data.row(r) for r in (97, 3, 60, 0)]
-    assert data.row(3) != build(dataset, hugging_face, seed=8).row(3)
+
+
+def test_another_seed_groups_the_samples_otherwise(data, dataset, hugging_face):
+    other = build(dataset, hugging_face, seed=8)
+    groups = [{tuple(sorted(some.row(r))) for r in range(some.rows_per_epoch(0))} for some in (data, other)]
+    assert groups[0] != groups[1]
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, 7])
