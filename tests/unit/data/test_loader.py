@@ -70,14 +70,14 @@ def test_a_batch_is_consistent(data, hugging_face):
 def test_an_epoch_visits_every_sample_once_and_each_epoch_differs(data):
     first = 0
     groups = []
-    for epoch in range(8):
+    for epoch in range(20):
         rows = [data.row(first + r) for r in range(data.rows_per_epoch(epoch))]
         assert sorted(i for row in rows for i in row) == list(range(40))
         assert all(data.lengths[row].sum() <= 256 for row in rows)
         groups.append({tuple(sorted(row)) for row in rows})
         first += len(rows)
     assert all(a != b for a, b in itertools.pairwise(groups))
-    assert len({len(rows) for rows in groups}) > 1, "choose data whose epochs differ in length"
+    assert len({len(rows) for rows in groups[:-1]}) > 1, "choose data whose epochs differ in length"
 
 
 def test_batches_hold_the_samples_of_their_rows(data):
