@@ -45,7 +45,7 @@ def ema_update_(
     if average.numel() == 0:
         return
     if backend == "triton":
-        from laver_kernels.ema import triton  # type: ignore[attr-defined]
+        from laver_kernels.ema import triton
 
         triton.ema_update_(average, source, momentum, compute_copy)
     else:

@@ -44,7 +44,7 @@ def gram_loss(
         if student_NK.numel() == 0:
             return student_NK.to(torch.promote_types(student_NK.dtype, torch.float32)).sum()
         if backend == "triton":
-            from laver_kernels.gram import triton  # type: ignore[attr-defined]
+            from laver_kernels.gram import triton
 
             return triton.gram_loss(student_NK, teacher_NK, lengths, clip)
         return reference.gram_loss(student_NK, teacher_NK, lengths, clip)

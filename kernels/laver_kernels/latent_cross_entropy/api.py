@@ -48,7 +48,7 @@ def latent_cross_entropy(
         if rows_M.shape[0] == 0 or width == 0:
             return student_NK[:0].to(torch.promote_types(student_NK.dtype, torch.float32)).sum()
         if backend == "triton":
-            from laver_kernels.latent_cross_entropy import triton  # type: ignore[attr-defined]
+            from laver_kernels.latent_cross_entropy import triton
 
             return triton.latent_cross_entropy(
                 student_NK, teacher_NK, rows_M, center_K, student_temperature, teacher_temperature

@@ -59,7 +59,7 @@ def linear_cross_entropy(
                 torch.promote_types(hidden_ND.dtype, torch.float32)
             )
         if backend == "triton":
-            from laver_kernels.linear_cross_entropy import triton  # type: ignore[attr-defined]
+            from laver_kernels.linear_cross_entropy import triton
 
             return triton.linear_cross_entropy(hidden_ND, weight_VD, targets_N, shard, chunk_rows)
         return reference.linear_cross_entropy(hidden_ND, weight_VD, targets_N, shard, chunk_rows)

@@ -10,7 +10,7 @@ from laver_kernels.checks import FLOATS, autocast_dtype, want_tensor
 from laver_kernels.mixed_attention import reference
 from laver_kernels.mixed_attention.intervals import Intervals
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 128  # beyond it the backward's accumulators no longer fit the registers
 NAME = "mixed_attention"
 
 
@@ -31,8 +31,8 @@ def mixed_attention(
     autocast q, k and v are cast to its dtype. Rows that see nothing give 0 and receive no gradient.
 
     Raises:
-        ValueError: dtypes, shapes or devices that do not fit, a head dimension that is odd or above 256,
-            H not a multiple of G, or an interval mask that contradicts itself.
+        ValueError: dtypes, shapes or devices that do not fit, a head dimension that is odd or above 128,
+            a scale that is not positive, H not a multiple of G, or an interval mask that contradicts itself.
     """
     dtype = autocast_dtype(q_THD.device)
     if dtype is not None:
@@ -40,11 +40,13 @@ def mixed_attention(
     _check(q_THD, k_TGD, v_TGD, intervals, rope)
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(q_THD.shape[-1])
+    elif not softmax_scale > 0:
+        raise ValueError(f"{NAME}: softmax_scale={softmax_scale}, want a positive number")
     backend = choose(impl, q_THD.device, NAME)
     if q_THD.shape[0] == 0:
         return q_THD + 0 * (k_TGD.sum() + v_TGD.sum())
     if backend == "triton":
-        from laver_kernels.mixed_attention import triton  # type: ignore[attr-defined]
+        from laver_kernels.mixed_attention import triton
 
         return triton.mixed_attention(q_THD, k_TGD, v_TGD, intervals, rope, softmax_scale)
     with torch.autocast(q_THD.device.type, enabled=False):

@@ -1,0 +1,218 @@
+"""Mixed attention on Triton: three registered operators (rotate, forward, backward) and their autograd."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from laver_kernels.configs import architecture, attention_tile, padded
+from laver_kernels.launch import dot_precision, inner_contiguous, on_device_of, want_kernel_dtype
+from laver_kernels.mixed_attention.backward_kernels import attention_backward_dkdv, attention_backward_dq
+from laver_kernels.mixed_attention.forward_kernel import attention_forward
+from laver_kernels.mixed_attention.intervals import Intervals
+from laver_kernels.mixed_attention.rotation_kernels import combine_partials, rotate_queries_and_keys
+
+LOG2_E = math.log2(math.e)
+ELEMENTWISE_ROWS = 16
+
+
+def mixed_attention(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    intervals: Intervals,
+    rope: tuple[Tensor, Tensor] | None,
+    softmax_scale: float,
+) -> Tensor:
+    """The operation of `api.mixed_attention` for fp16, bf16 and fp32."""
+    want_kernel_dtype("mixed_attention", q_THD)
+    cos_TF, sin_TF = (None, None) if rope is None else rope
+    bounds = (intervals.row_lo_T, intervals.row_hi_T, intervals.col_lo_T, intervals.col_hi_T)
+    out_THD, *_ = forward_op(q_THD, k_TGD, v_TGD, *bounds, cos_TF, sin_TF, softmax_scale)
+    return out_THD
+
+
+@torch.library.custom_op("laver_kernels::mixed_attention", mutates_args=())
+def forward_op(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    row_lo_T: Tensor,
+    row_hi_T: Tensor,
+    col_lo_T: Tensor,
+    col_hi_T: Tensor,
+    cos_TF: Tensor | None,
+    sin_TF: Tensor | None,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, LSE `[H, T]`, and rotated q and k (empty without rotation): what the backward needs."""
+    num_tokens, num_heads, head_dim = q_THD.shape
+    num_groups = k_TGD.shape[1]
+    q, k, v = (inner_contiguous(x) for x in (q_THD, k_TGD, v_TGD))
+    out_THD = torch.empty(q_THD.shape, dtype=q.dtype, device=q.device)
+    lse_HT = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
+    tile = attention_tile("forward", architecture(q.device), head_dim, q.dtype)
+    half = head_dim // 2
+    with on_device_of(q):
+        if cos_TF is not None and sin_TF is not None:
+            q, k = _rotated(q, k, cos_TF.contiguous(), sin_TF.contiguous())
+            saved = (q, k)
+        else:
+            saved = (q.new_empty(0), q.new_empty(0))
+        attention_forward[(triton.cdiv(num_tokens, tile.rows), num_heads)](
+            q, k, v, out_THD, lse_HT, row_lo_T.contiguous(), row_hi_T.contiguous(),
+            softmax_scale * LOG2_E, num_tokens,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out_THD.stride(0),
+            GROUP=num_heads // num_groups, ROWS=tile.rows, COLUMNS=tile.columns,
+            HALF=half, HALF_PAD=padded(head_dim) // 2, PRECISION=dot_precision(q.dtype),
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return out_THD, lse_HT, *saved
+
+
+@forward_op.register_fake
+def _(q_THD, k_TGD, v_TGD, row_lo_T, row_hi_T, col_lo_T, col_hi_T, cos_TF, sin_TF, softmax_scale):
+    out_THD = q_THD.new_empty(q_THD.shape)
+    lse_HT = q_THD.new_empty((q_THD.shape[1], q_THD.shape[0]), dtype=torch.float32)
+    if cos_TF is None:
+        return out_THD, lse_HT, q_THD.new_empty(0), q_THD.new_empty(0)
+    return out_THD, lse_HT, q_THD.new_empty(q_THD.shape), k_TGD.new_empty(k_TGD.shape)
+
+
+def _rotated(q_THD: Tensor, k_TGD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tuple[Tensor, Tensor]:
+    num_tokens, num_heads, head_dim = q_THD.shape
+    num_groups = k_TGD.shape[1]
+    q_out = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    k_out = torch.empty(k_TGD.shape, dtype=k_TGD.dtype, device=k_TGD.device)
+    grid = (triton.cdiv(num_tokens, ELEMENTWISE_ROWS), num_heads + num_groups)
+    rotate_queries_and_keys[grid](
+        q_THD, k_TGD, q_out, k_out, cos_TF, sin_TF, num_tokens,
+        q_THD.stride(0), q_THD.stride(1), k_TGD.stride(0), k_TGD.stride(1),
+        HEADS=num_heads, GROUPS=num_groups, ROWS=ELEMENTWISE_ROWS,
+        HALF=head_dim // 2, HALF_PAD=padded(head_dim) // 2,
+    )  # fmt: skip
+    return q_out, k_out
+
+
+@torch.library.custom_op("laver_kernels::mixed_attention_backward", mutates_args=())
+def backward_op(
+    dout_THD: Tensor,
+    out_THD: Tensor,
+    lse_HT: Tensor,
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    row_lo_T: Tensor,
+    row_hi_T: Tensor,
+    col_lo_T: Tensor,
+    col_hi_T: Tensor,
+    cos_TF: Tensor | None,
+    sin_TF: Tensor | None,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v before rotation, from rotated q and k."""
+    q, k, v = (inner_contiguous(x) for x in (q_THD, k_TGD, v_TGD))
+    dout = dout_THD.contiguous()
+    # Without rotation the kernels never read the table; any fp32 pointer stands in.
+    table = (lse_HT, lse_HT)
+    if cos_TF is not None and sin_TF is not None:
+        table = (cos_TF.contiguous(), sin_TF.contiguous())
+    shape = {
+        "GROUP": q.shape[1] // k.shape[1],
+        "HALF": q.shape[2] // 2,
+        "HALF_PAD": padded(q.shape[2]) // 2,
+        "PRECISION": dot_precision(q.dtype),
+    }
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], dout.stride(0))
+    rows, columns = (
+        (row_lo_T.contiguous(), row_hi_T.contiguous()),
+        (col_lo_T.contiguous(), col_hi_T.contiguous()),
+    )
+    rotate = cos_TF is not None
+    with on_device_of(q):
+        dq, delta_HT = _launch_dq(
+            q, k, v, out_THD, dout, lse_HT, table, rows, softmax_scale, rotate, strides, shape
+        )
+        dk_part, dv_part = _launch_dkdv(
+            q, k, v, dout, lse_HT, delta_HT, columns, softmax_scale, strides, shape
+        )
+        dk, dv = _combine(dk_part, dv_part, k, table, softmax_scale, rotate)
+    return dq, dk, dv
+
+
+def _launch_dq(q, k, v, out, dout, lse, table, rows, softmax_scale, rotate, strides, shape):
+    num_tokens, num_heads, head_dim = q.shape
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    delta = torch.empty_like(lse)
+    tile = attention_tile("dq", architecture(q.device), head_dim, q.dtype)
+    attention_backward_dq[(triton.cdiv(num_tokens, tile.rows), num_heads)](
+        q, k, v, out, dout, lse, delta, dq, *table, *rows, softmax_scale, softmax_scale * LOG2_E, num_tokens,
+        *strides, **shape, ROTATE=rotate, ROWS=tile.rows, COLUMNS=tile.columns,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return dq, delta
+
+
+def _launch_dkdv(q, k, v, dout, lse, delta, columns, softmax_scale, strides, shape):
+    num_tokens, num_groups, head_dim = k.shape
+    group = shape["GROUP"]
+    tile = attention_tile("dkdv", architecture(q.device), head_dim, q.dtype)
+    key_tiles = triton.cdiv(num_tokens, tile.columns)
+    splits = head_splits(key_tiles * num_groups, group, q.device)
+    dk_part, dv_part = (torch.empty(splits, *k.shape, dtype=torch.float32, device=q.device) for _ in range(2))
+    attention_backward_dkdv[(key_tiles, num_groups, splits)](
+        q, k, v, dout, lse, delta, dk_part, dv_part, *columns, softmax_scale * LOG2_E, num_tokens,
+        *strides, **shape, HEADS_EACH=group // splits, ROWS=tile.rows, COLUMNS=tile.columns,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return dk_part, dv_part
+
+
+def _combine(dk_part, dv_part, k, table, softmax_scale, rotate):
+    num_tokens, num_groups, head_dim = k.shape
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    combine_partials[(triton.cdiv(num_tokens, ELEMENTWISE_ROWS), num_groups)](
+        dk_part, dv_part, dk, dv, *table, softmax_scale, num_tokens, GROUPS=num_groups,
+        SPLITS=len(dk_part), ROTATE=rotate, ROWS=ELEMENTWISE_ROWS,
+        HALF=head_dim // 2, HALF_PAD=padded(head_dim) // 2,
+    )  # fmt: skip
+    return dk, dv
+
+
+@backward_op.register_fake
+def _(dout, out, lse, q, k, v, row_lo, row_hi, col_lo, col_hi, cos, sin, softmax_scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def head_splits(programs: int, group: int, device: torch.device) -> int:
+    """Into how many partial sums the query heads of a group are split: one program each, or one for all.
+
+    A program per query head fills the GPU on short sequences and costs a partial dk and dv per head; once
+    there are several programs per multiprocessor without it, one program walks all heads.
+    """
+    if device.type != "cuda":
+        return group
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if programs >= 8 * multiprocessors else group
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    q, k, v, row_lo, row_hi, col_lo, col_hi, cos, sin, softmax_scale = inputs
+    out, lse, q_rotated, k_rotated = output
+    ctx.mark_non_differentiable(lse, q_rotated, k_rotated)
+    ctx.set_materialize_grads(False)
+    if cos is not None:
+        q, k = q_rotated, k_rotated
+    ctx.save_for_backward(out, lse, q, k, v, row_lo, row_hi, col_lo, col_hi, cos, sin)
+    ctx.softmax_scale = softmax_scale
+
+
+def _backward(ctx, dout, *_):
+    if dout is None:
+        return (None,) * 10
+    dq, dk, dv = backward_op(dout, *ctx.saved_tensors, ctx.softmax_scale)
+    return dq, dk, dv, *(None,) * 7
+
+
+forward_op.register_autograd(_backward, setup_context=_save_for_backward)
