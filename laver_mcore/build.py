@@ -1,0 +1,167 @@
+"""The only place where objects are wired: configuration -> data, model, optimizer, teacher."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from laver_mcore import checkpoint
+from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.schema import Config
+from laver_mcore.data.images import FixedImageProcessor, ImageProcessor, PatchImageProcessor
+from laver_mcore.data.loader import DialogueData
+from laver_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from laver_mcore.engine import Engine
+from laver_mcore.model.initialize import initialize
+from laver_mcore.model.inputs import AttentionGeometry
+from laver_mcore.model.laver import LaverModel
+from laver_mcore.model.layer_spec import transformer_config
+from laver_mcore.model.parameters import freeze, unwrap
+from laver_mcore.model.teacher import Teacher
+from laver_mcore.model.vision_encoders import read_patch_size
+from laver_mcore.optimizer import build_optimizer
+from laver_mcore.parallel import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What building the model found out, for the lines printed at the start."""
+
+    trainable: list[tuple[str, int, int]]
+    fresh: list[str]
+
+
+def build_tokenizer(config: Config) -> Tokenizer:
+    """The recipe's tokenizer."""
+    assert config.data.tokenizer_model is not None
+    return load_tokenizer(config.data.tokenizer_model)
+
+
+def build_image_processor(config: Config) -> ImageProcessor | None:
+    """How images become the pixels that the recipe's visual path wants; None for text alone."""
+    vision = config.vision
+    if vision.vision == "none":
+        return None
+    if vision.vision == "encoder-free":
+        return PatchImageProcessor(image_size=vision.image_size, patch_size=vision.patch_size)
+    assert vision.vision_path is not None
+    return FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
+
+
+def build_data(config: Config, tokenizer: Tokenizer) -> DialogueData:
+    """The recipe's data, read and validated whole."""
+    data = config.data
+    return DialogueData(
+        list(data.data_path),
+        image_folder=data.image_folder or Path(data.data_path[0]).parent,
+        tokenizer=tokenizer,
+        image_processor=build_image_processor(config),
+        seq_length=data.seq_length,
+        seed=config.train.seed,
+        system_prompt=data.system_prompt,
+        overlong=data.overlong,
+    )
+
+
+def resolve_vocab_size(config: Config, tokenizer: Tokenizer) -> int:
+    """The model's vocabulary before padding: the recipe's or preset's, else the tokenizer's."""
+    wanted = config.model.vocab_size
+    if wanted is None:
+        return tokenizer.vocab_size
+    if tokenizer.vocab_size > wanted:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {wanted}; use its own tokenizer"
+        )
+    return wanted
+
+
+def build_chunks(config: Config, topology: Topology, vocab_size: int) -> list[LaverModel]:
+    """This rank's pipeline chunks with unset weights."""
+    mcore = transformer_config(config)
+    stages: list[int | None] = list(range(topology.vp_size)) if topology.vp_size else [None]
+    return [LaverModel(config, mcore, topology, vocab_size, vp_stage=stage) for stage in stages]
+
+
+def finalize_grads(models: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **groups: object) -> None:
+    """Megatron's gradient reductions, then the sum over TP for parameters that saw a share of the images each.
+
+    `num_tokens` is Megatron's own divisor; here losses are divided by their global counts before the backward.
+    """
+    finalize_model_grads(models, None, **groups)
+    shared = [
+        parameter
+        for model in models
+        for parameter in unwrap(model).parameters()
+        if parameter.requires_grad and getattr(parameter, "shared_over_tp", False)
+    ]
+    tp_group = unwrap(models[0]).tp_group
+    if not shared or tp_group.size() == 1:
+        return
+    grads = [parameter.main_grad for parameter in shared]
+    flat = _flatten_dense_tensors(grads)
+    torch.distributed.all_reduce(flat, group=tp_group)
+    for grad, summed in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
+        grad.copy_(summed)
+
+
+def _wrap(config: Config, chunks: list[LaverModel]) -> list[DistributedDataParallel]:
+    parallel = config.parallel
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    mcore = chunks[0].config
+    models = [
+        DistributedDataParallel(mcore, settings, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    ]
+    mcore.finalize_model_grads_func = finalize_grads
+    if parallel.overlap_grad_reduce:
+        syncs = [model.no_sync for model in models]
+        mcore.no_sync_func = syncs if len(models) > 1 else syncs[0]
+        if len(models) > 1:
+            mcore.grad_sync_func = [model.start_grad_sync for model in models]
+    return models
+
+
+def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[Engine, BuildReport]:
+    """Model, optimizer and teacher of this rank; weights random, or those of `pretrained_checkpoint`."""
+    chunks = build_chunks(config, topology, vocab_size)
+    initialize(chunks, config.model, vocab_size, config.train.seed, topology)
+    fresh = []
+    if config.run.pretrained_checkpoint:
+        fresh = checkpoint.load_weights(chunks, config, vocab_size, config.run.pretrained_checkpoint)
+    trainable = freeze(chunks, config.train.trainable, topology)
+    models = _wrap(config, chunks)
+    engine = Engine(
+        config=config,
+        topology=topology,
+        models=models,
+        optimizer=build_optimizer(config, models),
+        teacher=Teacher(chunks, topology, config.train.kernels) if config.laver.laver else None,
+        center_K=torch.zeros(chunks[0].config.hidden_size, device=topology.device),
+        geometry=attention_geometry(config),
+        vocab_size=vocab_size,
+    )
+    return engine, BuildReport(trainable=trainable, fresh=fresh)
+
+
+def attention_geometry(config: Config) -> AttentionGeometry:
+    """Positions and mask as the recipe wants them."""
+    model = config.model
+    assert model.kv_channels is not None
+    assert model.rotary_base is not None
+    assert model.mrope_section is not None
+    return AttentionGeometry(
+        head_dim=model.kv_channels,
+        rotary_base=model.rotary_base,
+        mrope_section=model.mrope_section,
+        rope_2d=config.laver.rope_2d,
+        mixed=config.laver.mixed_attention,
+    )

@@ -1,0 +1,254 @@
+"""Distributed checkpoints: save, resume, and start from another run's weights.
+
+    DIR/latest_checkpointed_iteration.txt      written last, so a save that was cut short is never picked up
+    DIR/iter_0000100/                          torch_dist format, reshards over TP, PP and DP
+
+Holds model, teacher, optimizer, centre, RNG, iteration and data position. Tensors are stored by global name and
+offset, so a run continues on any layout.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.schema import Config
+from laver_mcore.engine import Engine
+from laver_mcore.model.laver import LaverModel
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_METADATA = {
+    # Megatron 0.16: the default format of the distributed optimizer cannot be saved from CPU, this one reshards fully.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+}
+FRESH = ("mask_token", "vision_head.")
+"""Parts that a run may have although the run it starts from had not: LaVer's own, when stage 2 follows stage 1."""
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be used; the message is one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run has come."""
+
+    iteration: int = 0
+    consumed_rows: int = 0
+
+
+def checkpoint_folder(directory: str | Path, iteration: int) -> Path:
+    """Folder of one checkpoint, as Megatron names it."""
+    return Path(directory) / f"iter_{iteration:07d}"
+
+
+def latest_iteration(directory: str | Path) -> int | None:
+    """Iteration of the newest complete checkpoint under `directory`, or None."""
+    tracker = Path(directory) / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(encoding="utf-8").strip()
+    if not text.isdigit():
+        raise CheckpointError(f"{tracker} holds {text!r}, not an iteration number")
+    return int(text)
+
+
+def _nested(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, dict):
+        for value in tree.values():
+            yield from _nested(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _nested(value)
+    else:
+        yield tree
+
+
+def _model_state(chunks: list[LaverModel]) -> dict[str, Any]:
+    return {f"model{i}": chunk.sharded_state_dict(metadata=_METADATA) for i, chunk in enumerate(chunks)}
+
+
+def _teacher_state(engine: Engine, model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The averages under the model's own sharding, each key prefixed with `teacher.`; and the tensors themselves."""
+    averages: dict[str, torch.Tensor] = {}
+    if engine.teacher is None:
+        return {}, averages
+    tensors, _ = extract_sharded_tensors_and_factories(model)
+    state: dict[str, Any] = {}
+    for sharded in _nested(tensors):
+        average = engine.teacher.averages.get(sharded.data)
+        if average is None:
+            continue
+        changed: dict[str, Any] = {"key": f"teacher.{sharded.key}", "data": average}
+        if isinstance(sharded, ShardedTensor):
+            changed["dtype"] = average.dtype
+        # Layers share a key and differ by offset, so the entry is named by its place in the dictionary.
+        name = str(len(state))
+        state[name], averages[name] = replace(sharded, **changed), average
+    return state, averages
+
+
+def _center_state(engine: Engine) -> dict[str, Any]:
+    topology = engine.topology
+    if engine.teacher is None or not topology.on_last_stage:
+        return {}
+    replica = (0, topology.tp_rank, topology.dp_rank)
+    return {"center": ShardedTensor.from_rank_offsets("teacher_center", engine.center_K, replica_id=replica)}
+
+
+def _rng_state(engine: Engine) -> ShardedObject:
+    topology = engine.topology
+    state = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    if topology.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state()
+    return ShardedObject(
+        "rng_state",
+        state,
+        (topology.pp_size, topology.tp_size, topology.dp_size),
+        (topology.pp_rank, topology.tp_rank, topology.dp_rank),
+        replica_id=0,
+    )
+
+
+def _layout(engine: Engine) -> list[int]:
+    return [engine.topology.tp_size, engine.topology.pp_size, engine.topology.dp_size]
+
+
+def _identity(config: Config, vocab_size: int) -> dict[str, Any]:
+    """What a checkpoint must share with the run that loads it."""
+    model = asdict(config.model)
+    names = (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "untie_embeddings_and_output_weights",
+    )
+    shape = {name: model[name] for name in names}
+    return {**shape, "vocab_size": vocab_size, "vision": config.vision.vision}
+
+
+def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerprint: str) -> Path:
+    """Write one checkpoint of everything a resume needs; returns its folder. All ranks take part."""
+    folder = checkpoint_folder(directory, progress.iteration)
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # left by a save that was cut short
+        folder.mkdir(parents=True)
+    dist.barrier()
+    model = _model_state(engine.chunks)
+    state = {
+        **model,
+        "teacher": _teacher_state(engine, model)[0],
+        **_center_state(engine),
+        "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA),
+        "rng": _rng_state(engine),
+        "progress": asdict(progress),
+        "layout": _layout(engine),
+        "identity": _identity(engine.config, engine.vocab_size),
+        "data": data_fingerprint,
+    }
+    dist_checkpointing.save(state, str(folder), content_metadata=_METADATA)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        tracker = Path(directory) / TRACKER
+        partial = tracker.with_suffix(".tmp")
+        partial.write_text(str(progress.iteration), encoding="utf-8")
+        partial.replace(tracker)
+    dist.barrier()
+    return folder
+
+
+def _open(directory: str | Path, identity: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Folder and common state of the newest checkpoint, after checking that it is of this model."""
+    iteration = latest_iteration(directory)
+    if iteration is None:
+        raise CheckpointError(f"{directory} holds no checkpoint ({TRACKER} is missing)")
+    folder = checkpoint_folder(directory, iteration)
+    if not (folder / "metadata.json").is_file():
+        raise CheckpointError(f"{folder} is not a complete checkpoint: metadata.json is missing")
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    stored = common.get("identity", {})
+    for name, wanted in identity.items():
+        if stored.get(name) != wanted:
+            raise CheckpointError(
+                f"{folder} is of another model: it has {name}={stored.get(name)!r}, this recipe {name}={wanted!r}"
+            )
+    return folder, common
+
+
+def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progress:
+    """Resume: load everything into `engine` and return where the run stood. Raises `CheckpointError`."""
+    folder, common = _open(directory, _identity(engine.config, engine.vocab_size))
+    if common["data"] != data_fingerprint:
+        raise CheckpointError(
+            f"{folder} was trained on other data (records, tokenizer, seed or lengths changed); to start anew from its "
+            f"weights use --pretrained-checkpoint {directory}"
+        )
+    model = _model_state(engine.chunks)
+    teacher, averages = _teacher_state(engine, model)
+    state = {
+        **model,
+        "teacher": teacher,
+        **_center_state(engine),
+        "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=True, metadata=_METADATA),
+    }
+    same_layout = common["layout"] == _layout(engine)
+    if same_layout:
+        state["rng"] = _rng_state(engine)
+    loaded = dist_checkpointing.load(state, str(folder))
+    for i, chunk in enumerate(engine.chunks):
+        chunk.load_state_dict(loaded[f"model{i}"])
+    engine.optimizer.load_state_dict(loaded["optimizer"])
+    if engine.teacher is not None:
+        for name, average in averages.items():
+            average.copy_(loaded["teacher"][name])
+        engine.teacher.refresh_compute_copy()
+    if "center" in loaded:
+        engine.center_K.copy_(loaded["center"])
+    if same_layout:
+        _restore_rng(loaded["rng"])
+    return Progress(**common["progress"])
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def load_weights(chunks: list[LaverModel], config: Config, vocab_size: int, directory: str | Path) -> list[str]:
+    """Start from another run's weights (`--pretrained-checkpoint`), before the optimizer is built.
+
+    Returns the names of parts that it does not have and that keep their fresh values; only LaVer's own may be
+    missing, anything else raises `CheckpointError`.
+    """
+    folder, _ = _open(directory, _identity(config, vocab_size))
+    stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
+    fresh: set[str] = set()
+    model = _model_state(chunks)
+    for part in model.values():
+        for name in list(part):
+            key = part[name].key
+            if key not in stored and not isinstance(part[name], ShardedObject):
+                if not key.startswith(FRESH):
+                    raise CheckpointError(f"{folder} has no {key}; it is of another model")
+                fresh.add(key)
+                del part[name]
+    loaded = dist_checkpointing.load(model, str(folder))
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{i}"], strict=not fresh)
+    return sorted(fresh)

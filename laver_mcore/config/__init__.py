@@ -1,0 +1,1 @@
+"""Typed configuration: dataclasses, YAML recipes, command line, cross-field checks."""

@@ -1,0 +1,140 @@
+"""Every check that needs more than one field, made once, before anything is built."""
+
+from laver_mcore.config.schema import Config
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message is one line with what was given, wanted, and a way out."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _divisors(*values: int, limit: int = 64) -> str:
+    found = [str(d) for d in range(1, limit + 1) if all(v % d == 0 for v in values)]
+    return ", ".join(found[:-1]) + (" or " if len(found) > 1 else "") + found[-1]
+
+
+def _check_model(config: Config) -> None:
+    model, parallel = config.model, config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    heads, groups, layers = model.num_attention_heads, model.num_query_groups, model.num_layers
+    assert heads and groups and layers and model.kv_channels and model.ffn_hidden_size and model.mrope_section
+    for name, value in (("num_attention_heads", heads), ("num_query_groups", groups)):
+        _require(
+            value % tp == 0,
+            f"{name}={value} is not divisible by tensor_model_parallel_size={tp}; "
+            f"use {_divisors(heads, groups)}",
+        )
+    _require(
+        model.ffn_hidden_size % tp == 0,
+        f"ffn_hidden_size={model.ffn_hidden_size} is not divisible by tensor_model_parallel_size={tp}; "
+        f"use {_divisors(model.ffn_hidden_size)}",
+    )
+    _require(heads % groups == 0, f"num_attention_heads={heads} is not a multiple of num_query_groups={groups}")
+    chunks = pp * (parallel.num_virtual_stages_per_pipeline_rank or 1)
+    _require(
+        layers % chunks == 0,
+        f"num_layers={layers} is not divisible by {chunks} pipeline chunks (pipeline_model_parallel_size={pp} x "
+        f"num_virtual_stages_per_pipeline_rank={chunks // pp}); use {_divisors(layers)} chunks",
+    )
+    _require(model.kv_channels % 2 == 0, f"kv_channels={model.kv_channels} must be even for rotary positions")
+    _require(
+        sum(model.mrope_section) == model.kv_channels // 2,
+        f"mrope_section={model.mrope_section} sums to {sum(model.mrope_section)}, "
+        f"not to half of kv_channels={model.kv_channels}",
+    )
+    _require(model.attention_dropout == 0.0, "attention_dropout must be 0: mixed attention has no dropout")
+
+
+def _check_parallel(config: Config) -> None:
+    parallel, train = config.parallel, config.train
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    _require(tp >= 1 and pp >= 1, f"parallel sizes must be at least 1, got TP {tp} and PP {pp}")
+    _require(
+        not parallel.sequence_parallel or tp > 1,
+        "sequence_parallel needs tensor_model_parallel_size > 1; drop the flag or raise the size",
+    )
+    _require(
+        virtual is None or (virtual > 1 and pp > 1),
+        f"num_virtual_stages_per_pipeline_rank={virtual} needs a value above 1 and pipeline_model_parallel_size > 1",
+    )
+    rows = train.micro_batch_size * config.data.seq_length
+    _require(
+        config.data.pad_to_multiple % tp == 0 and rows % tp == 0,
+        f"pad_to_multiple={config.data.pad_to_multiple} and micro_batch_size x seq_length={rows} "
+        f"must be divisible by tensor_model_parallel_size={tp}",
+    )
+    _require(
+        parallel.recompute_granularity == "full" or parallel.recompute_method is None,
+        f"recompute_method={parallel.recompute_method} needs recompute_granularity=full",
+    )
+
+
+def _check_objective(config: Config) -> None:
+    laver, vision = config.laver, config.vision
+    _require(not laver.laver or vision.vision != "none", "laver=true needs a visual path; set vision, or laver=false")
+    for name in ("mask_ratio", "momentum", "ema_ratio", "center_momentum"):
+        value = getattr(laver, name)
+        _require(0.0 <= value <= 1.0, f"{name}={value} is not between 0 and 1")
+    for name in ("student_temperature", "teacher_temperature"):
+        _require(getattr(laver, name) > 0.0, f"{name}={getattr(laver, name)} must be positive")
+    _require(laver.ema_steps is None or laver.ema_steps >= 1, f"ema_steps={laver.ema_steps} must be at least 1")
+    tower = vision.vision not in ("none", "encoder-free")
+    _require(
+        not tower or vision.vision_path is not None,
+        f"vision={vision.vision} needs vision_path, a Hugging Face directory with its config and weights",
+    )
+    _require(
+        vision.vision != "encoder-free" or vision.image_size % vision.patch_size == 0,
+        f"image_size={vision.image_size} is not a multiple of patch_size={vision.patch_size}",
+    )
+
+
+def _check_run(config: Config) -> None:
+    train, run = config.train, config.run
+    for name in ("train_iters", "micro_batch_size", "global_batch_size"):
+        _require(getattr(train, name) >= 1, f"{name}={getattr(train, name)} must be at least 1")
+    _require(
+        run.load is None or run.pretrained_checkpoint is None,
+        "load resumes a run and pretrained_checkpoint starts a new one from its weights: give one of them",
+    )
+    _require(bool(config.data.data_path), "data_path is empty; give one or more JSON or JSONL files")
+    _require(config.data.tokenizer_model is not None, "tokenizer_model is missing; give a directory or a .model file")
+
+
+def check(config: Config) -> None:
+    """Raise `ConfigError` for the first combination that cannot run; the world size is checked separately."""
+    _check_run(config)
+    _check_objective(config)
+    _check_model(config)
+    _check_parallel(config)
+
+
+def check_world(config: Config, world_size: int) -> int:
+    """Return the data-parallel size that `world_size` ranks give, or raise `ConfigError`."""
+    parallel, train = config.parallel, config.train
+    model_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    _require(
+        world_size % model_size == 0,
+        f"world size {world_size} is not divisible by tensor x pipeline parallel size {model_size}; "
+        f"start {model_size} ranks or a multiple (torchrun --nproc-per-node {model_size})",
+    )
+    dp = world_size // model_size
+    rows = train.micro_batch_size * dp
+    _require(
+        train.global_batch_size % rows == 0,
+        f"global_batch_size={train.global_batch_size} is not divisible by micro_batch_size x data-parallel size "
+        f"= {train.micro_batch_size} x {dp}",
+    )
+    micro_batches = train.global_batch_size // rows
+    _require(
+        parallel.num_virtual_stages_per_pipeline_rank is None
+        or micro_batches % parallel.pipeline_model_parallel_size == 0,
+        f"the interleaved schedule needs a number of micro-batches divisible by pipeline_model_parallel_size="
+        f"{parallel.pipeline_model_parallel_size}, got {micro_batches}",
+    )
+    return dp

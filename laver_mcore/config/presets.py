@@ -1,0 +1,81 @@
+"""Decoder shapes by name: Qwen2.5's published configurations and the demo's tiny one."""
+
+import difflib
+from dataclasses import fields, replace
+from typing import Any
+
+from laver_mcore.config.schema import ModelConfig
+
+_QWEN: dict[str, Any] = dict(rotary_base=1e6, norm_epsilon=1e-6)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        num_layers=4,
+        hidden_size=128,
+        ffn_hidden_size=384,
+        num_attention_heads=4,
+        num_query_groups=2,
+        untie_embeddings_and_output_weights=False,
+        rotary_base=1e4,
+        norm_epsilon=1e-6,
+    ),
+    "qwen2.5-0.5b": dict(
+        num_layers=24,
+        hidden_size=896,
+        ffn_hidden_size=4864,
+        num_attention_heads=14,
+        num_query_groups=2,
+        vocab_size=151936,
+        untie_embeddings_and_output_weights=False,
+        **_QWEN,
+    ),
+    "qwen2.5-1.5b": dict(
+        num_layers=28,
+        hidden_size=1536,
+        ffn_hidden_size=8960,
+        num_attention_heads=12,
+        num_query_groups=2,
+        vocab_size=151936,
+        untie_embeddings_and_output_weights=False,
+        **_QWEN,
+    ),
+    "qwen2.5-3b": dict(
+        num_layers=36,
+        hidden_size=2048,
+        ffn_hidden_size=11008,
+        num_attention_heads=16,
+        num_query_groups=2,
+        vocab_size=151936,
+        untie_embeddings_and_output_weights=False,
+        **_QWEN,
+    ),
+    "qwen2.5-7b": dict(
+        num_layers=28,
+        hidden_size=3584,
+        ffn_hidden_size=18944,
+        num_attention_heads=28,
+        num_query_groups=4,
+        vocab_size=152064,
+        untie_embeddings_and_output_weights=True,
+        **_QWEN,
+    ),
+}
+
+
+def fill_from_preset(config: ModelConfig) -> ModelConfig:
+    """Give every shape field that is still None its preset's value; `ValueError` for an unknown preset."""
+    if config.model not in PRESETS:
+        near = difflib.get_close_matches(config.model, PRESETS, 1, 0.0)
+        raise ValueError(f"model={config.model!r} is no preset; did you mean {near[0]!r}? ({', '.join(PRESETS)})")
+    preset = PRESETS[config.model]
+    missing = {f.name: preset[f.name] for f in fields(config) if f.name in preset and getattr(config, f.name) is None}
+    config = replace(config, **missing)
+    if config.kv_channels is None:
+        assert config.hidden_size is not None
+        assert config.num_attention_heads is not None
+        config = replace(config, kv_channels=config.hidden_size // config.num_attention_heads)
+    if config.mrope_section is None:
+        assert config.kv_channels is not None
+        half = config.kv_channels // 2
+        config = replace(config, mrope_section=(0, half - half // 2, half // 2))
+    return config

@@ -1,0 +1,102 @@
+"""What a run says: metrics.jsonl, TensorBoard, W&B, Megatron's iteration line, a progress bar on a terminal."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from laver_mcore.config.schema import Config
+
+_SCALARS = ("loss", "lm_loss", "mim_loss", "gram_loss", "visual_similarity", "teacher_distance", "grad_norm")
+
+
+def format_iteration_line(row: dict[str, Any], train_iters: int, global_batch_size: int, seconds: float) -> str:
+    """One line in Megatron's form: ` iteration 10/ 100 | ... | lm loss: 1.2E+00 | grad norm: 0.5 |`."""
+    parts = [
+        f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {row['iteration']:8d}/{train_iters:8d}",
+        f"elapsed time per iteration (ms): {seconds * 1000:.1f}",
+        f"learning rate: {row['learning_rate']:.6E}",
+        f"global batch size: {global_batch_size:5d}",
+    ]
+    for name in _SCALARS:
+        if row.get(name) is not None:
+            parts.append(f"{name.replace('_', ' ')}: {row[name]:.6E}")
+    parts.append(f"number of skipped iterations: {row['skipped']:3d}")
+    return " | ".join(parts) + " |"
+
+
+def _truncate(path: Path, iteration: int) -> None:
+    """Drop lines past the iteration a run resumes from: they are about to be written again."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue  # the last line of a run that was killed while writing it
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+class Metrics:
+    """Writer of one run's metrics, on the rank that sees the losses; every other rank has none."""
+
+    def __init__(self, config: Config, start_iteration: int) -> None:
+        self._config = config
+        self._file = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        total = config.train.train_iters
+        self._bar = (
+            tqdm(total=total, initial=start_iteration, unit="it", dynamic_ncols=True) if sys.stderr.isatty() else None
+        )
+        if config.run.save:
+            directory = Path(config.run.save)
+            directory.mkdir(parents=True, exist_ok=True)
+            path = directory / "metrics.jsonl"
+            _truncate(path, start_iteration)
+            self._file = path.open("a", encoding="utf-8")
+            if config.run.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=start_iteration + 1)
+        if config.run.wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(project=config.run.wandb_project, name=config.run.wandb_exp_name)
+
+    def write(self, row: dict[str, Any], seconds: float) -> None:
+        """Record one iteration; `seconds` is the time it took."""
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        numbers = {k: v for k, v in row.items() if k != "iteration" and v is not None}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, row["iteration"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=row["iteration"])
+        train = self._config.train
+        line = format_iteration_line(row, train.train_iters, train.global_batch_size, seconds)
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.set_postfix_str(f"loss {row['loss']:.4f}" if row["loss"] is not None else "")
+            self._bar.write(line)
+            self._bar.update(row["iteration"] - self._bar.n)
+
+    def close(self) -> None:
+        """Flush everything to disk."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()

@@ -1,0 +1,66 @@
+"""Random weights as a function of (seed, parameter name): drawn whole, cut to this rank's shard.
+
+Every parallel layout therefore starts from the same model, which is what makes layouts comparable at all.
+"""
+
+import hashlib
+import math
+
+import torch
+
+from laver_mcore.config.schema import ModelConfig
+from laver_mcore.model.laver import LaverModel
+from laver_mcore.model.parameters import EMBEDDING, NamedParameter, named_parameters
+from laver_mcore.parallel import Topology
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
+    assert config.num_layers is not None
+    if name.startswith(("connector", "vision_head")):
+        return math.sqrt(2.0 / shape[1])  # Kaiming-normal
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return config.init_method_std / math.sqrt(2.0 * config.num_layers)  # Megatron's scaled residual outputs
+    return config.init_method_std
+
+
+def _draw(item: NamedParameter, full_shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
+    if item.name.endswith("bias"):
+        return torch.zeros(full_shape)
+    if item.name.endswith(("layernorm.weight", "layer_norm_weight")):
+        return torch.ones(full_shape)
+    std = _std(item.name, full_shape, config)
+    return torch.randn(full_shape, generator=_generator(seed, item.name)) * std
+
+
+def _cut(full: torch.Tensor, item: NamedParameter, topology: Topology) -> torch.Tensor:
+    if not item.sharded or topology.tp_size == 1:
+        return full
+    dim: int = item.parameter.partition_dim  # type: ignore[attr-defined]
+    if item.name.endswith("linear_fc1.weight"):
+        # SwiGLU: every rank holds its slice of the gate above its slice of the up projection.
+        halves = full.chunk(2, dim)
+        return torch.cat([half.chunk(topology.tp_size, dim)[topology.tp_rank] for half in halves], dim)
+    return full.chunk(topology.tp_size, dim)[topology.tp_rank]
+
+
+@torch.no_grad()
+def initialize(chunks: list[LaverModel], config: ModelConfig, vocab_size: int, seed: int, topology: Topology) -> None:
+    """Give every parameter but the vision encoder's its value; `vocab_size` is the one before padding."""
+    for item in named_parameters(chunks, topology):
+        if item.name.startswith("vision_encoder."):
+            continue
+        shape = list(item.parameter.shape)
+        if item.sharded:
+            shape[item.parameter.partition_dim] *= topology.tp_size  # type: ignore[attr-defined]
+        if item.name in (EMBEDDING, "language_model.output_layer.weight"):
+            # Padding differs from layout to layout: rows of real tokens are drawn, the rest is zero.
+            full = torch.zeros(shape)
+            full[:vocab_size] = _draw(item, (vocab_size, shape[1]), config, seed)
+        else:
+            full = _draw(item, tuple(shape), config, seed)
+        item.parameter.copy_(_cut(full, item, topology))

@@ -1,0 +1,154 @@
+"""What one forward pass needs, on the device: built once per micro-batch from its `Batch`.
+
+Shapes: T dialogue tokens, N visual tokens, R rows of the reconstruction part (N and padding), S = T + R rows.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from laver_kernels import Intervals, rope_table
+
+from laver_mcore.data.batch import Batch
+from laver_mcore.data.layout import SequenceLayout, concatenate, reconstruction_layout
+from laver_mcore.data.loader import image_shares
+from laver_mcore.model.mixed_attention import PackedLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """One pass over [dialogue | reconstruction]; either part may be empty.
+
+    On ranks that do not encode images `pixels` is None. `share_counts` are the visual tokens that each
+    tensor-parallel rank of the first stage contributes, in image order.
+    """
+
+    packed: PackedLayout
+    num_rows: int
+    num_dialogue: int
+    num_visual: int
+    tokens_T: torch.Tensor | None
+    visual_rows_N: torch.Tensor
+    pixels: torch.Tensor | None
+    features: torch.Tensor | None
+    share_counts: tuple[int, ...]
+    reconstruct: bool
+    masked_N: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionGeometry:
+    """How a layout becomes positions and a mask: constants of the model."""
+
+    head_dim: int
+    rotary_base: float
+    mrope_section: tuple[int, int, int]
+    rope_2d: bool = True
+    mixed: bool = True
+
+
+def _packed(
+    layouts: list[SequenceLayout], num_rows: int, geometry: AttentionGeometry, device: torch.device
+) -> PackedLayout:
+    layout = concatenate(layouts, num_rows)
+    positions_3S = layout.positions_3S if geometry.rope_2d else _one_dimensional(layout)
+    rope = rope_table(
+        positions_3S.to(device, non_blocking=True),
+        geometry.head_dim,
+        geometry.rotary_base,
+        geometry.mrope_section,
+    )
+    intervals = layout.intervals if geometry.mixed else _causal(layout.intervals)
+    return PackedLayout(intervals=intervals.to(device, non_blocking=True), rope=rope)
+
+
+def _one_dimensional(layout: SequenceLayout) -> torch.Tensor:
+    """Ordinary positions: each row counts from its document's start, on all three axes alike."""
+    rows = torch.arange(len(layout.intervals))
+    return (rows - layout.intervals.row_lo_T).clamp(min=0).expand(3, -1).contiguous()
+
+
+def _causal(intervals: Intervals) -> Intervals:
+    """The same documents with every row seeing itself and what precedes it only."""
+    rows = torch.arange(len(intervals), dtype=torch.int32)
+    return replace(
+        intervals,
+        row_hi_T=torch.minimum(intervals.row_hi_T, rows + 1),
+        col_lo_T=torch.maximum(intervals.col_lo_T, rows),
+    )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _share_counts(batch: Batch, tp_size: int) -> tuple[int, ...]:
+    tokens = [h * w for h, w in batch.image_grids]
+    return tuple(sum(tokens[start:stop]) for start, stop in image_shares(len(tokens), tp_size))
+
+
+def num_student_rows(batch: Batch, reconstruct: bool, pad_to_multiple: int) -> int:
+    """Rows of the student's pass over one micro-batch: the dialogue, and the padded reconstruction sequence."""
+    visual = len(batch.visual_rows_N) if reconstruct else 0
+    return len(batch.tokens_T) + _round_up(visual, pad_to_multiple)
+
+
+def num_teacher_rows(batch: Batch, pad_to_multiple: int) -> int:
+    """Rows of the teacher's pass over one micro-batch; never zero, for stages must have something to send."""
+    return _round_up(max(1, len(batch.visual_rows_N)), pad_to_multiple)
+
+
+def student_inputs(
+    batch: Batch,
+    masked_N: np.ndarray | None,
+    num_rows: int,
+    *,
+    geometry: AttentionGeometry,
+    tp_size: int,
+    device: torch.device,
+    features: torch.Tensor | None = None,
+) -> ModelInputs:
+    """Inputs of the student: the dialogue, and behind it the masked images where `masked_N` (bool [N]) is given."""
+    num_visual = len(batch.visual_rows_N)
+    layouts = [batch.layout]
+    if masked_N is not None and num_visual:
+        layouts.append(reconstruction_layout(batch.image_grids))
+    return ModelInputs(
+        packed=_packed(layouts, num_rows, geometry, device),
+        num_rows=num_rows,
+        num_dialogue=len(batch.tokens_T),
+        num_visual=num_visual,
+        tokens_T=batch.tokens_T.to(device, non_blocking=True),
+        visual_rows_N=batch.visual_rows_N.to(device, non_blocking=True),
+        pixels=None if batch.pixels is None else batch.pixels.to(device, non_blocking=True),
+        features=features,
+        share_counts=_share_counts(batch, tp_size),
+        reconstruct=masked_N is not None,
+        masked_N=None if masked_N is None else torch.from_numpy(masked_N).to(device, non_blocking=True),
+    )
+
+
+def teacher_inputs(
+    batch: Batch,
+    num_rows: int,
+    *,
+    geometry: AttentionGeometry,
+    tp_size: int,
+    device: torch.device,
+    features: torch.Tensor | None = None,
+) -> ModelInputs:
+    """Inputs of the teacher: the unmasked images alone, each a document of its own."""
+    num_visual = len(batch.visual_rows_N)
+    return ModelInputs(
+        packed=_packed([reconstruction_layout(batch.image_grids)], num_rows, geometry, device),
+        num_rows=num_rows,
+        num_dialogue=0,
+        num_visual=num_visual,
+        tokens_T=None,
+        visual_rows_N=torch.empty(0, dtype=torch.int64, device=device),
+        pixels=None if batch.pixels is None else batch.pixels.to(device, non_blocking=True),
+        features=features,
+        share_counts=_share_counts(batch, tp_size),
+        reconstruct=True,
+        masked_N=None,
+    )

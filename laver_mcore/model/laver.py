@@ -1,0 +1,185 @@
+"""The LaVer model: a Megatron `GPTModel` with a visual path before it and a vision head behind it.
+
+One pass covers the packed dialogue and, behind it, the packed reconstruction sequence (method of arXiv 2512.06281):
+
+    images -> encoder -> connector -> v ----------------------------+-> dialogue rows (text, v at its places)
+                                      +-> mask token where masked --+-> reconstruction rows
+    rows -> decoder (mixed attention, 2D-RoPE) -> final norm -> LM head (supervised rows), vision head (N rows)
+
+Shapes: T dialogue rows, N visual tokens, S rows of the whole pass, D width, K latent width, V vocabulary shard.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from laver_mcore.config.schema import Config
+from laver_mcore.model.connector import Connector
+from laver_mcore.model.image_sharing import gather_shares
+from laver_mcore.model.inputs import ModelInputs
+from laver_mcore.model.layer_spec import decoder_spec
+from laver_mcore.model.vision_encoders import PatchEmbedder, VisionEncoder, build_vision_encoder
+from laver_mcore.model.vision_head import VisionHead
+from laver_mcore.parallel import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaverOutput:
+    """What the last stage hands to the objectives; hidden states are after the final norm, whole on every TP rank."""
+
+    dialogue_TD: torch.Tensor
+    student_NK: torch.Tensor | None
+    output_weight_VD: torch.Tensor
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
+    """Megatron's padded vocabulary: a multiple of `divisible_by` x tensor-parallel size."""
+    multiple = divisible_by * tp_size
+    return -(-vocab_size // multiple) * multiple
+
+
+class LaverModel(MegatronModule):
+    """One pipeline chunk of the model; which parts it holds follows from its place in the pipeline."""
+
+    def __init__(
+        self, config: Config, mcore: TransformerConfig, topology: Topology, vocab_size: int, vp_stage: int | None = None
+    ) -> None:
+        super().__init__(config=mcore)
+        last_chunk = vp_stage is None or vp_stage == topology.num_chunks - 1
+        self.vp_stage = vp_stage
+        self.pre_process = topology.on_first_stage and not vp_stage
+        self.post_process = topology.on_last_stage and last_chunk
+        self.share_embeddings_and_output_weights = not config.model.untie_embeddings_and_output_weights
+        self.tp_group = topology.tp_group
+        self.model_type = ModelType.encoder_or_decoder  # asked for by Megatron's schedules
+        device = torch.device(torch.cuda.current_device())
+        self.language_model = GPTModel(
+            mcore,
+            decoder_spec(mcore, config.train.transformer_impl, config.train.kernels, vp_stage),
+            vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, topology.tp_size),
+            max_sequence_length=config.data.seq_length,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            position_embedding_type="none",
+            # The sequence is put together from text and images before it is scattered.
+            scatter_embedding_sequence_parallel=False,
+            vp_stage=vp_stage,
+        )
+        self.vision_encoder: VisionEncoder | None = None
+        kind = dict(dtype=mcore.params_dtype, device=device)
+        if self.pre_process and config.vision.vision != "none":
+            self._build_visual_path(config, kind)
+            if config.laver.laver:
+                self.mask_token = torch.nn.Parameter(torch.zeros(mcore.hidden_size, **kind))
+        if self.post_process and config.laver.laver:
+            self.vision_head = VisionHead(mcore.hidden_size, config.laver.vision_head_hidden_size, **kind)
+
+    def _build_visual_path(self, config: Config, kind: dict[str, Any]) -> None:
+        vision, width = config.vision, self.config.hidden_size
+        hidden = vision.connector_hidden_size or width
+        if vision.vision == "encoder-free":
+            self.connector: torch.nn.Module = PatchEmbedder(vision.patch_size, hidden, width, **kind)
+        else:
+            self.vision_encoder = build_vision_encoder(
+                vision.vision,
+                path=vision.vision_path,
+                random_init=vision.vision_random_init,
+                layer=vision.vision_layer,
+                select=vision.vision_select,
+                seed=config.train.seed,
+                **kind,
+            )
+            self.connector = Connector(self.vision_encoder.hidden_size, hidden, width, **kind)
+        for module in (self.vision_encoder, self.connector):
+            for parameter in module.parameters() if module is not None else ():
+                parameter.shared_over_tp = True  # type: ignore[attr-defined]
+
+    # What Megatron's schedules and gradient finalisation ask of a model.
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Receive the previous stage's hidden states."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """The tied embedding, which Megatron keeps equal on the first and last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """The transformer block, under the name by which Megatron's schedules look for it."""
+        return self.language_model.decoder
+
+    def output_weight(self) -> torch.Tensor:
+        """The LM head's weight shard [V, D], tied or not."""
+        if self.share_embeddings_and_output_weights:
+            return self.language_model.shared_embedding_or_output_weight()
+        return self.language_model.output_layer.weight
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """This rank's share of pixels -> features [n, E] before the connector (patches themselves if encoder-free)."""
+        if self.vision_encoder is None:
+            return pixels
+        return self.vision_encoder(pixels).flatten(0, 1)
+
+    def _visual_tokens(self, inputs: ModelInputs) -> torch.Tensor:
+        features = inputs.features
+        if features is None:
+            assert inputs.pixels is not None
+            features = self.encode_images(inputs.pixels)
+        local_nD = self.connector(features.to(self.config.params_dtype))
+        return gather_shares(local_nD, inputs.share_counts, self.tp_group)
+
+    def _embed(self, inputs: ModelInputs) -> torch.Tensor:
+        """Rows of the whole pass [S, D]: text embeddings, visual tokens at their places, reconstruction, padding."""
+        parts = []
+        visual_ND = self._visual_tokens(inputs) if hasattr(self, "connector") else None
+        if inputs.tokens_T is not None:
+            text_TD = self.language_model.embedding.word_embeddings(inputs.tokens_T)
+            if visual_ND is not None:
+                text_TD = text_TD.index_copy(0, inputs.visual_rows_N, visual_ND)
+            parts.append(text_TD)
+        if inputs.reconstruct:
+            assert visual_ND is not None
+            if inputs.masked_N is not None:
+                visual_ND = torch.where(inputs.masked_N[:, None], self.mask_token, visual_ND)
+            parts.append(visual_ND)
+        rows_SD = torch.cat(parts)
+        return F.pad(rows_SD, (0, 0, 0, inputs.num_rows - len(rows_SD)))
+
+    def forward(self, inputs: ModelInputs) -> torch.Tensor | LaverOutput:
+        """Run this chunk: hidden states [S (/ TP), 1, D] for the next stage, or the last stage's `LaverOutput`."""
+        hidden = None
+        if self.pre_process:
+            hidden = self._embed(inputs)
+            if self.config.sequence_parallel:
+                hidden = scatter_to_sequence_parallel_region(hidden)
+            hidden = hidden[:, None]
+        hidden = self.language_model.decoder(
+            hidden_states=hidden, attention_mask=None, packed_seq_params=inputs.packed
+        )
+        if not self.post_process:
+            return hidden
+        hidden_SD = hidden[:, 0]
+        if self.config.sequence_parallel:
+            # Every TP rank computes the same losses from the same rows, so each keeps its own slice of the gradient.
+            hidden_SD = gather_from_sequence_parallel_region(hidden_SD, tensor_parallel_output_grad=False)
+        student_NK = None
+        if inputs.reconstruct:
+            start = inputs.num_dialogue
+            student_NK = self.vision_head(hidden_SD[start : start + inputs.num_visual])
+        return LaverOutput(
+            dialogue_TD=hidden_SD[: inputs.num_dialogue],
+            student_NK=student_NK,
+            output_weight_VD=self.output_weight(),
+        )

@@ -1,0 +1,109 @@
+"""Qwen2.5's decoder as Megatron `ModuleSpec`s, and its `TransformerConfig`.
+
+Transformer Engine's layers are used where it is installed; otherwise Megatron's local ones with our RMSNorm. Both
+give the same parameter keys in checkpoints, so that a run may move between them.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from laver_mcore.config.schema import Config
+from laver_mcore.model.mixed_attention import MixedAttention
+from laver_mcore.model.norm import RMSNorm
+
+
+def use_transformer_engine(transformer_impl: str) -> bool:
+    """Whether layers come from Transformer Engine; `ValueError` when it is demanded and missing."""
+    installed = importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
+    if transformer_impl == "transformer_engine" and not installed:
+        raise ValueError("transformer_impl=transformer_engine, but it is not installed here (or there is no GPU)")
+    return installed and transformer_impl != "local"
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """Megatron's configuration of a Qwen2.5 decoder under this recipe's precision and parallelism."""
+    model, parallel = config.model, config.parallel
+    dtype = torch.bfloat16 if config.train.bf16 else torch.float32
+    interleaved = parallel.num_virtual_stages_per_pipeline_rank is not None
+    recompute: dict[str, Any] = {}
+    if parallel.recompute_granularity == "full":
+        recompute = dict(
+            recompute_granularity="full",
+            recompute_method=parallel.recompute_method or "uniform",
+            recompute_num_layers=parallel.recompute_num_layers or 1,
+        )
+    elif parallel.recompute_granularity == "selective":
+        recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        layernorm_epsilon=model.norm_epsilon,
+        init_method_std=model.init_method_std,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.train.bf16,
+        # The reconstruction sequence's length follows the images: stages exchange shapes before tensors. The
+        # interleaved schedule cannot (between two stages, Megatron's exchange confuses the shapes of activations and
+        # gradients), so there all micro-batches of a step are padded to one length.
+        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1 and not interleaved,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        moe_token_dispatcher_type="alltoall",  # there is no MoE; Megatron refuses variable lengths with its default
+        # Losses are divided by global counts in the forward step; Megatron must neither average over micro-batches
+        # nor over data-parallel ranks, which is what this flag turns off.
+        calculate_per_token_loss=True,
+        # gloo may still be reading an activation from memory that this option frees; NCCL works in stream order.
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
+        # Weights are drawn by name afterwards (`initialize.py`), but only an initialising Megatron marks which
+        # parameters are sharded, and the gradient norm depends on those marks.
+        perform_initialization=True,
+        use_cpu_initialization=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        **recompute,
+    )
+
+
+def decoder_spec(
+    config: TransformerConfig, transformer_impl: str, kernels: str, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of one model chunk and its final norm, with mixed attention inside."""
+    if use_transformer_engine(transformer_impl):
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+        norm: type = TENorm
+    else:
+        layer = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
+        module=MixedAttention, params={"impl": kernels}
+    )
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -1,0 +1,28 @@
+"""Language-model loss: next-token cross-entropy over the supervised rows."""
+
+import torch
+from laver_kernels import linear_cross_entropy
+from torch.distributed import ProcessGroup
+
+from laver_mcore.data.batch import Batch
+from laver_mcore.model.laver import LaverOutput
+
+
+def next_token_sum(
+    output: LaverOutput, batch: Batch, *, vocab_size: int, tp_group: ProcessGroup, impl: str = "auto"
+) -> torch.Tensor:
+    """Summed cross-entropy over supervised tokens, fp32 scalar; the LM head runs on those rows alone.
+
+    `batch` is on the device; `vocab_size` is the one before padding.
+    """
+    rows = batch.supervised_rows_M
+    weight_VD = output.output_weight_VD
+    return linear_cross_entropy(
+        output.dialogue_TD.index_select(0, rows),
+        weight_VD,
+        batch.labels_T.index_select(0, rows),
+        tp_group=tp_group,
+        vocab_start=tp_group.rank() * weight_VD.shape[0],
+        vocab_size=vocab_size,
+        impl=impl,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,124 @@
+"""A training run from beginning to end: join, validate, build, resume, train, leave."""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from laver_mcore import checkpoint, parallel
+from laver_mcore.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
+from laver_mcore.checkpoint import Progress
+from laver_mcore.config.checks import ConfigError, check_world
+from laver_mcore.config.load import to_yaml
+from laver_mcore.config.schema import Config
+from laver_mcore.engine import Engine
+from laver_mcore.loop import train
+from laver_mcore.metrics import Metrics
+from laver_mcore.model.parameters import format_trainable
+
+_MAY_CHANGE = {
+    "run": None,
+    "parallel": None,
+    "train": {"train_iters", "micro_batch_size", "global_batch_size", "kernels", "transformer_impl"},
+}
+"""What a resumed run may change: any key of a section (None), or the named ones."""
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first key in which two recipes differ beyond what a resume may change, as `section.key was A, now B`."""
+    for section, values in new.items():
+        allowed = _MAY_CHANGE.get(section, set())
+        if allowed is None:
+            continue
+        for key, value in values.items():
+            before = old.get(section, {}).get(key)
+            if key not in allowed and before != value:
+                return f"{section}.{key} was {before!r}, now {value!r}"
+    return None
+
+
+def check_save_folder(config: Config) -> None:
+    """Refuse to write over a run that is not the one being resumed."""
+    if not config.run.save:
+        return
+    directory = Path(config.run.save)
+    recipe = directory / "config.yaml"
+    if not recipe.is_file() and checkpoint.latest_iteration(directory) is None:
+        return
+    difference = None
+    if recipe.is_file():
+        old = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        difference = first_difference(old, yaml.safe_load(to_yaml(config)))
+    if difference is not None:
+        raise ConfigError(f"{directory} holds a run of another recipe ({difference}); choose another --save folder")
+    if config.run.load is None or Path(config.run.load).resolve() != directory.resolve():
+        raise ConfigError(f"{directory} already holds a run; resume it with --load {directory}, or choose another --save")
+
+
+def _resume(engine: Engine, config: Config, fingerprint: str) -> Progress:
+    directory = config.run.load
+    if directory is None:
+        return Progress()
+    if checkpoint.latest_iteration(directory) is None:
+        if directory != config.run.save and not Path(directory).is_dir():
+            raise ConfigError(f"load={directory} does not exist")
+        _say(f"no checkpoint in {directory} yet: starting from iteration 0", engine.topology.is_last_rank)
+        return Progress()
+    progress = checkpoint.load(engine, directory, fingerprint)
+    _say(f"resumed from {directory} at iteration {progress.iteration}", engine.topology.is_last_rank)
+    return progress
+
+
+def _say(message: str, speaks: bool) -> None:
+    if speaks:
+        print(message, flush=True)
+
+
+def run(config: Config) -> int:
+    """Train as `config` says; returns the exit status 0. Bad input raises before anything is written."""
+    device = parallel.init_distributed()
+    try:
+        check_world(config, dist.get_world_size())
+        check_save_folder(config)
+        tokenizer = build_tokenizer(config)
+        data = build_data(config, tokenizer)
+        topology = parallel.build_topology(config.parallel, device)
+        engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer))
+        progress = _resume(engine, config, data.fingerprint())
+        dist.barrier()
+        _announce(engine, len(data.samples), report)
+        if config.run.save and topology.rank == 0:
+            Path(config.run.save).mkdir(parents=True, exist_ok=True)
+            (Path(config.run.save) / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        metrics = Metrics(config, progress.iteration) if topology.is_last_rank else None
+        try:
+            train(engine, data, progress, metrics)
+        finally:
+            if metrics is not None:
+                metrics.close()
+    finally:
+        parallel.shut_down()
+    return 0
+
+
+def _announce(engine: Engine, num_samples: int, report: Any) -> None:
+    topology, config = engine.topology, engine.config
+    lines = [
+        f"{config.model.model}: {num_samples:,} dialogues, {config.train.train_iters:,} iterations of "
+        f"{config.train.global_batch_size} rows x {config.data.seq_length} tokens",
+        f"TP {topology.tp_size} x PP {topology.pp_size} x DP {topology.dp_size} on {topology.device.type}, "
+        f"kernels {_kernels(config, topology.device.type)}, LaVer {'on' if config.laver.laver else 'off'}",
+        format_trainable(report.trainable),
+    ]
+    if report.fresh:
+        lines.append(f"not in {config.run.pretrained_checkpoint}, freshly initialised: {', '.join(report.fresh)}")
+    _say("\n".join(lines), topology.is_last_rank)
+
+
+def _kernels(config: Config, device_type: str) -> str:
+    if config.train.kernels != "auto":
+        return config.train.kernels
+    return "triton" if device_type == "cuda" else "reference (no GPU)"
+
+

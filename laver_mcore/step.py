@@ -1,0 +1,323 @@
+"""One training step: counts, teacher's targets, student's forward and backward, optimizer, EMA.
+
+Every loss is a sum divided by a count over all micro-batches and data-parallel ranks. The counts follow from the
+batches alone, so they are known before the first forward, and each micro-batch's loss is divided right away: the
+total is the same number under every parallel layout.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from laver_mcore.data.batch import Batch
+from laver_mcore.data.masking import draw_mask
+from laver_mcore.engine import Engine
+from laver_mcore.model.inputs import (
+    ModelInputs,
+    num_student_rows,
+    num_teacher_rows,
+    student_inputs,
+    teacher_inputs,
+)
+from laver_mcore.model.laver import LaverModel, LaverOutput
+from laver_mcore.model.teacher import TeacherError
+from laver_mcore.objectives.gram import gram_sum, num_gram_matrices
+from laver_mcore.objectives.latent import latent_sum
+from laver_mcore.objectives.next_token import next_token_sum
+from laver_mcore.objectives.similarity import num_similar_images, similarity_sum
+from laver_mcore.optimizer import apply_gradients, master_weights, set_learning_rate
+from laver_mcore.schedules import Knobs
+
+LOSSES = ("lm_loss", "mim_loss", "gram_loss", "visual_similarity")
+COUNTS = ("supervised", "masked", "gram_matrices", "similar_images", "tokens", "images")
+
+MIN_EXPECTED_MOVE = 1e-4
+"""Below this `1 - momentum` a teacher may stand still by rounding alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step measured. Tensors stay on the device until somebody writes them down."""
+
+    losses: torch.Tensor | None
+    """[4] `LOSSES`, already divided by their global counts; None on ranks that do not compute losses."""
+    counts: torch.Tensor
+    """[6] `COUNTS` over all micro-batches and data-parallel ranks."""
+    grad_norm: float
+    applied: bool
+    teacher_distance: torch.Tensor | None
+    """Length of the teacher's move in this step (Euclidean, over all its weights); None where it does not move."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MicroBatch:
+    """One micro-batch on its way through the pipeline."""
+
+    inputs: ModelInputs
+    batch: Batch
+    image_lengths: tuple[int, ...]
+    masked_rows_M: torch.Tensor
+    teacher_NK: torch.Tensor | None
+
+
+def draw_masks(batch: Batch, engine: Engine, knobs: Knobs) -> np.ndarray | None:
+    """Mask of the micro-batch's visual tokens, bool [N]; None when LaVer is off."""
+    config = engine.config
+    if not config.laver.laver:
+        return None
+    masks = [
+        draw_mask(
+            h * w,
+            knobs.mask_ratio,
+            strategy=config.laver.mask_draw,
+            seed=config.train.seed,
+            key=key,
+            step=knobs.iteration,
+            image_index=index,
+        )
+        for (h, w), (key, index) in zip(batch.image_grids, batch.image_keys, strict=True)
+    ]
+    return np.concatenate([np.zeros(0, dtype=bool), *masks])
+
+
+def _image_lengths(batch: Batch) -> tuple[int, ...]:
+    return tuple(h * w for h, w in batch.image_grids)
+
+
+def global_counts(
+    batches: Sequence[Batch], masks: Sequence[np.ndarray | None], engine: Engine
+) -> torch.Tensor:
+    """`COUNTS` [6] summed over micro-batches and data-parallel ranks, float64 on the device."""
+    scope = engine.config.laver.gram_scope
+    local = np.zeros(len(COUNTS))
+    for batch, mask in zip(batches, masks, strict=True):
+        lengths = _image_lengths(batch)
+        local += (
+            len(batch.supervised_rows_M),
+            0 if mask is None else int(mask.sum()),
+            num_gram_matrices(lengths, scope),
+            num_similar_images(lengths),
+            sum(batch.document_lengths),
+            len(lengths),
+        )
+    counts = torch.from_numpy(local).to(engine.topology.device)
+    dist.all_reduce(counts, group=engine.topology.dp_group)
+    return counts
+
+
+def _run_pipeline(
+    engine: Engine, items: Sequence[Any], rows: Sequence[int], step: Callable[..., Any], *, forward_only: bool
+) -> list[Any]:
+    """Megatron's schedule for this layout over `items` of so many `rows`; returns what the last stage collected."""
+    models: list[Any] = engine.models if engine.topology.num_chunks > 1 else engine.models[0]
+    iterators = [iter(items) for _ in engine.models]
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iterators if engine.topology.num_chunks > 1 else iterators[0],
+        model=models,
+        num_microbatches=len(items),
+        seq_length=max(rows),  # used by the interleaved schedule alone, the others exchange shapes
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+@torch.no_grad()
+def _frozen_features(batches: Sequence[Batch], engine: Engine) -> list[torch.Tensor | None]:
+    """Features of a frozen vision encoder, computed once and used by teacher and student alike."""
+    model = engine.chunks[0]
+    encoder = model.vision_encoder
+    if encoder is None or any(p.requires_grad for p in encoder.parameters()):
+        return [None] * len(batches)
+    device = engine.topology.device
+    return [
+        None if batch.pixels is None else model.encode_images(batch.pixels.to(device, non_blocking=True))
+        for batch in batches
+    ]
+
+
+def _teacher_targets(
+    batches: Sequence[Batch], features: Sequence[torch.Tensor | None], engine: Engine
+) -> list[torch.Tensor | None]:
+    """Targets [N, K] per micro-batch on the last stage: a forward-only pass with the teacher's weights."""
+    teacher = engine.teacher
+    # All ranks of one model replica hold the same batches, so they agree on skipping the pass.
+    if teacher is None or not any(batch.num_images for batch in batches):
+        return [None] * len(batches)
+    rows = _even([num_teacher_rows(batch, engine.config.data.pad_to_multiple) for batch in batches], engine)
+    items = [
+        teacher_inputs(batch, num_rows, **_input_settings(engine), features=feature)
+        for batch, num_rows, feature in zip(batches, rows, features, strict=True)
+    ]
+
+    def forward_step(data: Iterator[ModelInputs], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+        return model(next(data)), lambda output, non_loss_data: output.student_NK
+
+    with teacher.weights():
+        targets = _run_pipeline(engine, items, rows, forward_step, forward_only=True)
+    return targets or [None] * len(batches)
+
+
+def _even(rows: list[int], engine: Engine) -> list[int]:
+    """Lengths of a step's micro-batches: their own, or all the longest under the interleaved schedule."""
+    return [max(rows)] * len(rows) if engine.topology.num_chunks > 1 else rows
+
+
+def _input_settings(engine: Engine) -> dict[str, Any]:
+    return dict(
+        geometry=engine.geometry,
+        tp_size=engine.topology.tp_size,
+        device=engine.topology.device,
+    )
+
+
+def _micro_batch_sums(item: _MicroBatch, output: LaverOutput, engine: Engine) -> list[torch.Tensor]:
+    """The four sums of `LOSSES` over one micro-batch, fp32 scalars, the first three with gradients."""
+    config, laver = engine.config, engine.config.laver
+    impl = config.train.kernels
+    zero = output.dialogue_TD.new_zeros((), dtype=torch.float32)
+    lm = next_token_sum(
+        output, item.batch, vocab_size=engine.vocab_size, tp_group=engine.topology.tp_group, impl=impl
+    )
+    mim = gram = zero
+    if output.student_NK is not None:
+        # Without images there is nothing to compare with, but the vision head still takes part in the graph.
+        teacher_NK = item.teacher_NK if item.teacher_NK is not None else output.student_NK.detach()
+        mim = latent_sum(
+            output.student_NK,
+            teacher_NK,
+            item.masked_rows_M,
+            center_K=engine.center_K if laver.centering else None,
+            student_temperature=laver.student_temperature,
+            teacher_temperature=laver.teacher_temperature,
+            impl=impl,
+        )
+        if laver.gram != "off":
+            gram = gram_sum(
+                output.student_NK,
+                teacher_NK,
+                item.image_lengths,
+                gram=laver.gram,
+                gram_scope=laver.gram_scope,
+                impl=impl,
+            )
+    visual_ND = output.dialogue_TD.detach().index_select(0, item.inputs.visual_rows_N)
+    return [lm, mim, gram, similarity_sum(visual_ND, item.image_lengths)]
+
+
+def train_step(engine: Engine, batches: Sequence[Batch], knobs: Knobs) -> StepResult:
+    """Run one optimizer step over this rank's micro-batches."""
+    laver, device = engine.config.laver, engine.topology.device
+    masks = [draw_masks(batch, engine, knobs) for batch in batches]
+    counts = global_counts(batches, masks, engine)
+    divisors = counts[: len(LOSSES)].clamp(min=1).float()
+    features = _frozen_features(batches, engine)
+    targets = _teacher_targets(batches, features, engine)
+    pad = engine.config.data.pad_to_multiple
+    rows = _even([num_student_rows(batch, laver.laver, pad) for batch in batches], engine)
+    items = [
+        _MicroBatch(
+            inputs=student_inputs(batch, mask, num_rows, **_input_settings(engine), features=feature),
+            batch=replace(batch, pixels=None).to(device, non_blocking=True),
+            image_lengths=_image_lengths(batch),
+            masked_rows_M=torch.from_numpy(np.flatnonzero(mask if mask is not None else [])).to(device),
+            teacher_NK=target,
+        )
+        for batch, mask, num_rows, feature, target in zip(batches, masks, rows, features, targets, strict=True)
+    ]
+
+    def losses_of(item: _MicroBatch, output: LaverOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        sums = _micro_batch_sums(item, output, engine)
+        lm, mim, gram, similarity = (total / divisor for total, divisor in zip(sums, divisors, strict=True))
+        loss = lm + laver.lambda_laver * mim + laver.lambda_gram * gram
+        # Megatron would divide by the second value; the losses are divided already.
+        return loss, torch.zeros((), dtype=torch.int32), torch.stack([lm, mim, gram, similarity]).detach()
+
+    def forward_step(data: Iterator[_MicroBatch], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+        item = next(data)
+        return model(item.inputs), partial(losses_of, item)
+
+    for model in engine.models:
+        model.zero_grad_buffer()
+    engine.optimizer.zero_grad()
+    set_learning_rate(engine.optimizer, knobs.learning_rate)
+    collected = _run_pipeline(engine, items, rows, forward_step, forward_only=False)
+    grad_norm, applied = apply_gradients(engine.optimizer)
+    return StepResult(
+        losses=_reduce_losses(collected, engine),
+        counts=counts,
+        grad_norm=grad_norm,
+        applied=applied,
+        teacher_distance=_move_teacher(engine, targets, knobs),
+    )
+
+
+def _reduce_losses(collected: list[torch.Tensor], engine: Engine) -> torch.Tensor | None:
+    if not engine.topology.on_last_stage:
+        return None
+    losses = torch.stack(collected).sum(0)
+    dist.all_reduce(losses, group=engine.topology.dp_group)
+    return losses
+
+
+@torch.no_grad()
+def _move_teacher(
+    engine: Engine, targets: Sequence[torch.Tensor | None], knobs: Knobs
+) -> torch.Tensor | None:
+    teacher, topology, laver = engine.teacher, engine.topology, engine.config.laver
+    if teacher is None:
+        return None
+    if laver.centering and topology.on_last_stage:
+        _move_center(engine, targets)
+    if not knobs.update_teacher:
+        return None
+    return teacher.update(master_weights(engine.models, engine.optimizer, topology), knobs.momentum)
+
+
+def _move_center(engine: Engine, targets: Sequence[torch.Tensor | None]) -> None:
+    """c <- m c + (1 - m) mean(teacher outputs), the mean over all visual tokens of the step on all ranks."""
+    momentum = engine.config.laver.center_momentum
+    present = [target for target in targets if target is not None]
+    width = engine.center_K.shape[0]
+    sums = engine.center_K.new_zeros(width + 1)
+    for target in present:
+        sums[:width] += target.float().sum(0)
+        sums[width] += target.shape[0]
+    dist.all_reduce(sums, group=engine.topology.dp_group)
+    mean_K = sums[:width] / sums[width].clamp(min=1)
+    weight = (1.0 - momentum) * (sums[width] > 0)
+    engine.center_K.lerp_(mean_K, weight)
+
+
+def check_teacher_moved(distance: float, knobs: Knobs, student_moved: bool) -> None:
+    """Raise `TeacherError` if the teacher stood still at its turn although the student has changed.
+
+    The released ZeRO-3 code averages empty shards and never notices; here it stops the run.
+    """
+    if knobs.update_teacher and student_moved and 1.0 - knobs.momentum > MIN_EXPECTED_MOVE and distance == 0.0:
+        raise TeacherError(
+            f"iteration {knobs.iteration + 1}: the teacher did not move at momentum {knobs.momentum:.4f} although the "
+            "student has; its averages are not connected to the optimizer's weights"
+        )
+
+
+@contextlib.contextmanager
+def evaluation_mode(chunks: Sequence[LaverModel]) -> Iterator[None]:
+    """Modules in evaluation mode, gradients off."""
+    was_training = [chunk.training for chunk in chunks]
+    try:
+        for chunk in chunks:
+            chunk.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk, training in zip(chunks, was_training, strict=True):
+            chunk.train(training)

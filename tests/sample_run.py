@@ -1,0 +1,53 @@
+"""A small training set on disk and recipes over it: what the integration tests train on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from PIL import Image
+
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|endoftext|>", "\n")
+IMAGE_SIZE, PATCH_SIZE = 32, 8  # 4 x 4 visual tokens an image
+
+
+def write_tokenizer(path: Path, sentences: list[str]) -> None:
+    """A SentencePiece model with Qwen's special tokens, trained on `sentences`."""
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=file,
+            vocab_size=96,
+            hard_vocab_limit=False,
+            model_type="bpe",
+            user_defined_symbols=list(SPECIAL),
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+
+
+def write_sample_data(directory: Path, num_samples: int = 48) -> Path:
+    """LLaVA JSON with images, tokenizer beside it: dialogues with no, one and two images. Returns the JSON's path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    words = "red green blue dark bright left right up down one two three many few".split()
+    records = []
+    for index in range(num_samples):
+        num_images = (1, 2, 0, 1)[index % 4]
+        names = []
+        for image in range(num_images):
+            pixels = generator.integers(0, 255, (5, 5, 3), dtype=np.uint8)
+            name = f"{index:03d}_{image}.png"
+            Image.fromarray(pixels).resize((40, 40)).save(directory / name)
+            names.append(name)
+        question = "<image>\n" * num_images + " ".join(generator.choice(words, 3 + index % 5))
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": " ".join(generator.choice(words, 4))}]
+        record: dict = {"id": f"sample-{index:03d}", "conversations": turns}
+        if names:
+            record["image"] = names if len(names) > 1 else names[0]
+        records.append(record)
+    (directory / "train.json").write_text(json.dumps(records), encoding="utf-8")
+    write_tokenizer(directory / "tokenizer.model", [" ".join(words)] * 10 + ["You are a helpful assistant."])
+    return directory / "train.json"
