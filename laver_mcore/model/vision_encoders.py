@@ -3,13 +3,14 @@
     pixels [I, 3, H, W] -> VisionEncoder -> [I, N, E]       SigLIP / SigLIP2 (fixed resolution), CLIP, DINOv2
     patches [n, 3 p p]  -> PatchEmbedder -> [n, D]          encoder-free
 
-Shapes: I = images, H, W = pixels, N = tokens of one image, E = tower width, n = visual tokens, p = patch side in
-pixels, D = decoder width.
+Shapes: I = images, H, W = pixels, N = tokens of one image, E = tower width, n = visual tokens, p = patch side
+in pixels, D = decoder width.
 
-Which state feeds the connector: `layer=-1` is the tower's own `last_hidden_state`, which SigLIP and DINOv2 take after
-their final layer norm and CLIP before it; `layer=-2` is transformers' `hidden_states[-2]`, without a final norm, which
-is LLaVA-1.5's choice for CLIP-L/14-336 and LLaVA-NeXT's for SigLIP (there as "delete the last layer, take the last").
-Layers, norms and heads that the choice leaves unused are removed, so that every parameter left has a gradient.
+Which state feeds the connector: `layer=-1` is the tower's own `last_hidden_state`, which SigLIP and DINOv2
+take after their final layer norm and CLIP before it; `layer=-2` is transformers' `hidden_states[-2]`, without
+a final norm, which is LLaVA-1.5's choice for CLIP-L/14-336 and LLaVA-NeXT's for SigLIP (there as "delete the
+last layer, take the last"). Layers, norms and heads that the choice leaves unused are removed, so that every
+parameter left has a gradient.
 """
 
 import json
@@ -57,10 +58,11 @@ _TOWERS: dict[str, _Tower] = {
 
 
 class VisionEncoder(nn.Module):
-    """A transformers vision tower cut at one layer: pixels [I, 3, H, W] -> tokens [I, N, E], CLS dropped or first.
+    """A transformers vision tower cut at one layer: pixels [I, 3, H, W] -> tokens [I, N, E].
 
-    `grid` is (rows, columns) of patch tokens at the configured image size. Takes ownership of `tower` and removes what
-    `layer` leaves unused. ValueError if the tower has no such layer, or no CLS token where one is selected.
+    `grid` is (rows, columns) of patch tokens at the configured image size; a CLS token is dropped or comes
+    first. Takes ownership of `tower` and removes what `layer` leaves unused. ValueError if the tower has no
+    such layer, or no CLS token where one is selected.
     """
 
     def __init__(self, kind: Kind, tower: nn.Module, *, layer: int = -1, select: Select = "patch") -> None:
@@ -89,8 +91,8 @@ class VisionEncoder(nn.Module):
     def forward(self, pixels_I3HW: torch.Tensor) -> torch.Tensor:
         """Encode images; none at all gives [0, N, E] with every parameter in the graph, at no cost.
 
-        DINOv2 interpolates its positions to any size of whole patches; the others raise ValueError for another size
-        than their own.
+        DINOv2 interpolates its positions to any size of whole patches; the others raise ValueError for
+        another size than their own.
         """
         num_images, _, height, width = pixels_I3HW.shape
         if self.kind != "dinov2" and (height, width) != (self.image_size, self.image_size):
@@ -153,8 +155,9 @@ def build_vision_encoder(
 ) -> VisionEncoder:
     """Build a tower from a Hugging Face directory (`path`) or from `config` alone, cut at `layer`.
 
-    Weights are read from safetensors files of `path`; they are random, drawn from `seed`, with `random_init` or
-    without `path`. On the meta device nothing is read but the config. ValueError if directory and kind disagree.
+    Weights are read from safetensors files of `path`; they are random, drawn from `seed`, with `random_init`
+    or without `path`. On the meta device nothing is read but the config. ValueError if directory and kind
+    disagree.
     """
     import transformers
 
@@ -181,7 +184,8 @@ def build_vision_encoder(
 def read_config(path: str | Path, kind: Kind | None = None) -> dict[str, Any]:
     """Return the vision tower's settings from `path/config.json`, whole checkpoint or vision half.
 
-    ValueError if there is no such file, or if it describes a model that `kind` (or any kind, where None) does not name.
+    ValueError if there is no such file, or if it describes a model that `kind` (None: any kind) does not
+    name.
     """
     file = Path(path) / "config.json"
     try:

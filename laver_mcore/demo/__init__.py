@@ -1,0 +1,1 @@
+"""The demo's data: pages composed from real scans and photographs, what is asked about them, a tokenizer."""

@@ -1,0 +1,136 @@
+"""Write the demo's data: pages of real digit scans and photographs, conversations about them, a tokenizer.
+
+python tools/prepare_demo.py --output data/demo
+
+data/demo/images/{train,heldout}/*.jpg   the pages, 48 x 48 pixels
+data/demo/align.json                     stage 1: every page read out, every photograph named
+data/demo/train.json                     stage 2: rows and columns, three questions a page
+data/demo/instruct.json                  stage 3: a row or column, then two single digits
+data/demo/heldout.json                   as stage 3, on pages whose scans appear in no other file
+data/demo/tokenizer.model                SentencePiece, trained on the text of all of them
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from laver_mcore.demo.conversations import caption_turns, line_turns, llava_record, mixed_turns
+from laver_mcore.demo.pages import (
+    PAGE_SIDE_PIXELS,
+    Page,
+    digit_page,
+    load_photographs,
+    load_scans,
+    photograph_page,
+)
+from laver_mcore.demo.tokenizer import train_tokenizer
+
+JPEG_QUALITY = 95
+
+
+def compose_pages(
+    num_pages: int, num_heldout: int, photograph_share: float, page_side: int, seed: int
+) -> dict[str, list[Page]]:
+    """Return the pages of `train` and `heldout`; every `1 / photograph_share`-th one is a photograph."""
+    photographs = load_photographs()
+    pages: dict[str, list[Page]] = {}
+    scans = load_scans(page_side=page_side)
+    for number, (split, count) in enumerate({"train": num_pages, "heldout": num_heldout}.items()):
+        rng = np.random.default_rng([seed, number])
+        is_photograph = rng.permutation(count) < round(count * photograph_share)
+        pages[split] = [
+            photograph_page(photographs, rng, page_side=page_side)
+            if photograph
+            else digit_page(scans[number], rng, page_side=page_side)
+            for photograph in is_photograph
+        ]
+    return pages
+
+
+def write_images(pages: dict[str, list[Page]], output: Path) -> dict[str, list[str]]:
+    """Write every page as JPEG and return the paths relative to `output`, in order."""
+    names: dict[str, list[str]] = {}
+    for split, members in pages.items():
+        (output / "images" / split).mkdir(parents=True)
+        names[split] = [f"images/{split}/{index:05d}.jpg" for index in range(len(members))]
+        for name, page in zip(names[split], members, strict=True):
+            # 4:4:4, as colour at half resolution blurs one-pixel strokes of coloured ink.
+            Image.fromarray(page.picture).save(output / name, quality=JPEG_QUALITY, subsampling=0)
+    return names
+
+
+def write_conversations(
+    pages: dict[str, list[Page]], names: dict[str, list[str]], output: Path, seed: int
+) -> list[str]:
+    """Write the four JSON files and return every text in them."""
+    rng = np.random.default_rng([seed, 2])
+    files = {
+        "align": ("train", lambda page: caption_turns(page)),
+        "train": ("train", lambda page: line_turns(page, rng)),
+        "instruct": ("train", lambda page: mixed_turns(page, rng)),
+        "heldout": ("heldout", lambda page: mixed_turns(page, rng)),
+    }
+    texts: list[str] = []
+    for file, (split, ask) in files.items():
+        records = []
+        for index, (page, image) in enumerate(zip(pages[split], names[split], strict=True)):
+            turns = ask(page)
+            texts += [text for turn in turns for text in turn]
+            records.append(llava_record(f"{file}-{index:05d}", image, turns))
+        (output / f"{file}.json").write_text(json.dumps(records, indent=0), encoding="utf-8")
+    return texts
+
+
+def prepare(
+    output: Path,
+    *,
+    num_pages: int = 8000,
+    num_heldout: int = 160,
+    photograph_share: float = 0.06,
+    page_side: int = PAGE_SIDE_PIXELS,
+    seed: int = 0,
+) -> int:
+    """Write everything under `output`, in place of what an earlier call wrote; return the vocabulary size."""
+    shutil.rmtree(output / "images", ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    pages = compose_pages(num_pages, num_heldout, photograph_share, page_side, seed)
+    texts = write_conversations(pages, write_images(pages, output), output, seed)
+    return train_tokenizer(texts, output / "tokenizer.model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("data/demo"), help="folder to write (default: data/demo)"
+    )
+    parser.add_argument("--pages", type=int, default=8000, help="training pages (default: 8000)")
+    parser.add_argument("--heldout", type=int, default=160, help="held-out pages (default: 160)")
+    parser.add_argument("--page-side", type=int, default=PAGE_SIDE_PIXELS, help="pixels (default: 48)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.pages < 1 or arguments.heldout < 1:
+        parser.error(f"--pages {arguments.pages} --heldout {arguments.heldout}: give at least one of each")
+    try:
+        vocab_size = prepare(
+            arguments.output,
+            num_pages=arguments.pages,
+            num_heldout=arguments.heldout,
+            page_side=arguments.page_side,
+            seed=arguments.seed,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        fix = "; pip install 'laver-mcore[demo]'" if isinstance(error, ImportError) else ""
+        parser.exit(2, f"prepare_demo: {error}{fix}\n")
+    print(
+        f"{arguments.output}: {arguments.pages} pages, {arguments.heldout} held out, {vocab_size} token ids"
+    )
+
+
+if __name__ == "__main__":
+    main()
