@@ -14,13 +14,15 @@ IMPLEMENTATIONS = ("auto", "triton", "reference")
 logger = logging.getLogger("laver_kernels")
 
 
-@functools.cache
-def triton_is_installed() -> bool:
+def _find_triton() -> bool:
     """Whether `import triton` would succeed, without importing it."""
     try:
         return importlib.util.find_spec("triton") is not None
     except (ImportError, ValueError):
         return False
+
+
+TRITON_IS_INSTALLED = _find_triton()
 
 
 def interpreter_is_on() -> bool:
@@ -30,6 +32,8 @@ def interpreter_is_on() -> bool:
 
 @functools.cache
 def _announce(operation: str, reason: str) -> None:
+    if torch.compiler.is_compiling():
+        return
     logger.warning("%s runs the PyTorch reference: %s", operation, reason)
 
 
@@ -43,7 +47,7 @@ def choose(impl: str, device: torch.device, operation: str) -> Literal["triton",
         raise ValueError(f"{operation}: impl={impl!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "reference":
         return "reference"
-    if not triton_is_installed():
+    if not TRITON_IS_INSTALLED:
         if impl == "triton":
             raise ValueError(f"{operation}: impl='triton' needs Triton (pip install 'laver-kernels[triton]')")
         if device.type == "cuda":

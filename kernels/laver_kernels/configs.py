@@ -47,7 +47,7 @@ ATTENTION = {
 }
 # fp32 runs on CUDA cores in full precision (a test and debugging path): small tiles that fit everywhere.
 ATTENTION_FP32 = Tile(rows=32, columns=32, num_warps=4, num_stages=1)
-ATTENTION_INTERPRETER = Tile(rows=32, columns=16)
+ATTENTION_INTERPRETER = Tile(rows=32, columns=32)
 
 GRAM = {
     ("sm_80", "forward"): Tile(rows=128, columns=128, depth=32, num_warps=8, num_stages=3),

@@ -35,10 +35,10 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes or devices that do not fit, a vocabulary range that holds no column, and
             for CPU tensors a target outside the vocabulary.
     """
+    want_tensor(NAME, "hidden_ND", hidden_ND, ("N", "D"))
     dtype = autocast_dtype(hidden_ND.device)
     if dtype is not None:
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-    want_tensor(NAME, "hidden_ND", hidden_ND, ("N", "D"))
     num_rows, width = hidden_ND.shape
     device = hidden_ND.device
     want_tensor(NAME, "weight_VD", weight_VD, ("V", width), (hidden_ND.dtype,), device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from laver_kernels.backend import Impl, choose
-from laver_kernels.checks import FLOATS, autocast_dtype, want_tensor
+from laver_kernels.checks import autocast_dtype, want_tensor
 from laver_kernels.mixed_attention import reference
 from laver_kernels.mixed_attention.intervals import Intervals
 
@@ -34,6 +34,7 @@ def mixed_attention(
         ValueError: dtypes, shapes or devices that do not fit, a head dimension that is odd or above 128,
             a scale that is not positive, H not a multiple of G, or an interval mask that contradicts itself.
     """
+    want_tensor(NAME, "q_THD", q_THD, ("T", "H", "D"))
     dtype = autocast_dtype(q_THD.device)
     if dtype is not None:
         q_THD, k_TGD, v_TGD = (x.to(dtype) if x.is_floating_point() else x for x in (q_THD, k_TGD, v_TGD))
@@ -56,7 +57,6 @@ def mixed_attention(
 def _check(
     q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, intervals: Intervals, rope: tuple[Tensor, Tensor] | None
 ) -> None:
-    want_tensor(NAME, "q_THD", q_THD, ("T", "H", "D"), FLOATS)
     num_tokens, num_heads, head_dim = q_THD.shape
     dtypes, device = (q_THD.dtype,), q_THD.device
     want_tensor(NAME, "k_TGD", k_TGD, (num_tokens, "G", head_dim), dtypes, device)

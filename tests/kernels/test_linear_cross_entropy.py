@@ -1,0 +1,107 @@
+"""LM head and next-token loss against the equation in fp64, alone and over tensor-parallel ranks."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from laver_kernels import linear_cross_entropy
+from laver_kernels.testing import check, head_problem
+
+CASES = {
+    "one chunk": {"num_rows": 9, "num_columns": 50},
+    "chunks": {"num_rows": 19, "num_columns": 50, "chunk_rows": 6},
+    "padded vocabulary": {"num_rows": 7, "num_columns": 64, "vocab_size": 50},
+    "one row": {"num_rows": 1, "num_columns": 33},
+    "more columns than a step": {"num_rows": 3, "num_columns": 4500},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases(name, impl, device, poison):
+    check(head_problem(name, **CASES[name], device=device), impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit(dtype, impl, device, poison, bf16_interpreter):
+    check(head_problem("16 bit", 19, 50, chunk_rows=8, dtype=dtype, device=device), impl)
+
+
+def test_no_rows_keep_a_graph(impl, device):
+    hidden = torch.zeros(0, 8, device=device, requires_grad=True)
+    weight = torch.randn(20, 8, device=device, requires_grad=True)
+    targets = torch.empty(0, dtype=torch.int64, device=device)
+    loss = linear_cross_entropy(hidden, weight, targets, impl=impl)
+    loss.backward()
+    assert loss.item() == 0
+    assert weight.grad.abs().max() == 0
+    assert hidden.grad.shape == hidden.shape
+
+
+def test_strided_hidden_and_frozen_weight(impl, device):
+    torch.manual_seed(0)
+    wide = torch.randn(9, 32, device=device)
+    weight = torch.randn(20, 16, device=device)
+    targets = torch.randint(0, 20, (9,), device=device)
+    found = []
+    for hidden in (wide[:, ::2], wide[:, ::2].contiguous()):
+        leaf = hidden.detach().requires_grad_()
+        loss = linear_cross_entropy(leaf, weight, targets, impl=impl)
+        loss.backward()
+        found.append((loss.item(), leaf.grad))
+    assert found[0][0] == pytest.approx(found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_twenty_runs_are_bitwise_equal(impl, device, poison):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 16, device=device), torch.randn(50, 16, device=device)
+    targets = torch.randint(0, 50, (9,), device=device)
+    found = set()
+    for _ in range(20):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        loss = linear_cross_entropy(*leaves, targets, chunk_rows=4, impl=impl)
+        loss.backward()
+        found.add((loss.item(), *(x.grad.cpu().numpy().tobytes() for x in leaves)))
+    assert len(found) == 1
+
+
+def _tensor_parallel_rank(rank: int, port: int) -> None:
+    """Two ranks hold 24 columns each of 42 real ones: the second rank's shard ends in padding."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(11, 16), torch.randn(48, 16)
+    targets = torch.randint(0, 42, (11,))
+    whole = [x.double().requires_grad_() for x in (hidden, weight)]
+    want = linear_cross_entropy(*whole, targets, vocab_size=42, impl="reference")
+    want.backward()
+    mine = slice(24 * rank, 24 * rank + 24)
+    shard = {"tp_group": dist.group.WORLD, "vocab_start": 24 * rank, "vocab_size": 42}
+    implementations = ["reference"] if not _has_triton() else ["reference", "triton"]
+    for impl in implementations:
+        leaves = [hidden.clone().requires_grad_(), weight[mine].clone().requires_grad_()]
+        loss = linear_cross_entropy(*leaves, targets, chunk_rows=4, impl=impl, **shard)
+        (loss * 2).backward()
+        torch.testing.assert_close(loss.double(), want.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(leaves[0].grad.double(), 2 * whole[0].grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(leaves[1].grad.double(), 2 * whole[1].grad[mine], rtol=1e-4, atol=1e-5)
+    nothing = linear_cross_entropy(hidden[:0], weight[mine], targets[:0], tp_group=dist.group.WORLD)
+    assert nothing.item() == 0
+    dist.destroy_process_group()
+
+
+def _has_triton() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("triton") is not None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo ranks on CPU tensors, interpreted")
+def test_tensor_parallel_ranks_agree_with_one():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_tensor_parallel_rank, args=(port,), nprocs=2)

@@ -1,0 +1,79 @@
+"""The rotation: half-split pairs, band order of Qwen2-VL, text as 1D, and its inverse."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from laver_kernels import rope_table
+from laver_kernels.mixed_attention.rope import rotate
+
+
+def _positions(num_tokens=11):
+    return torch.randint(0, 40, (3, num_tokens), generator=torch.Generator().manual_seed(0))
+
+
+def test_text_is_one_dimensional_rope():
+    place = torch.arange(50)
+    want = torch.outer(place.float(), 1.0 / 1e6 ** (torch.arange(0, 64, 2).float() / 64))
+    for section in (None, (8, 12, 12), (32, 0, 0)):
+        cos, sin = rope_table(place.expand(3, -1), 64, section=section)
+        assert torch.equal(cos, want.cos())
+        assert torch.equal(sin, want.sin())
+
+
+@pytest.mark.parametrize("section", [(0, 16, 16), (8, 12, 12), (32, 0, 0), (1, 2, 29)])
+def test_frequency_reads_the_axis_of_its_band(section):
+    positions = _positions()
+    cos, _ = rope_table(positions, 64, base=1e4, section=section)
+    for frequency in range(32):
+        axis = 0 if frequency < section[0] else 1 if frequency < section[0] + section[1] else 2
+        want = (positions[axis].float() * (1.0 / 1e4 ** (torch.tensor(2.0 * frequency) / 64))).cos()
+        torch.testing.assert_close(cos[:, frequency], want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("section", [(0, 16, 16), (8, 12, 12)])
+def test_same_as_transformers(section):
+    modeling = pytest.importorskip("transformers.models.qwen2_vl.modeling_qwen2_vl")
+    positions = _positions()
+    q, k = torch.randn(1, 4, 11, 64), torch.randn(1, 2, 11, 64)
+    if hasattr(modeling, "apply_multimodal_rotary_pos_emb"):  # transformers 4
+        angle = positions[:, None, :, None].float() / 1e6 ** (torch.arange(0, 64, 2).float() / 64)
+        angle = torch.cat([angle, angle], -1)
+        apply = modeling.apply_multimodal_rotary_pos_emb
+        want_q, want_k = apply(q, k, angle.cos(), angle.sin(), list(section))
+    else:
+        parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(section)}
+        config = SimpleNamespace(head_dim=64, max_position_embeddings=64, rope_parameters=parameters)
+        embedding = modeling.Qwen2VLRotaryEmbedding(config)
+        want_q, want_k = modeling.apply_rotary_pos_emb(q, k, *embedding(q, positions[:, None]))
+    table = rope_table(positions, 64, section=section)
+    for x, want in ((q, want_q), (k, want_k)):
+        torch.testing.assert_close(rotate(x[0].transpose(0, 1), *table), want[0].transpose(0, 1))
+
+
+def test_inverse_after_forward_is_the_identity():
+    x = torch.randn(11, 2, 64, dtype=torch.float64)
+    cos, sin = rope_table(_positions(), 64)
+    # fp32 cos and sin are a rotation up to 1e-7.
+    torch.testing.assert_close(rotate(rotate(x, cos, sin), cos, sin, inverse=True), x, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("positions", "head_dim", "section", "words"),
+    [
+        (
+            torch.zeros(3, 4, dtype=torch.int64),
+            64,
+            (8, 8, 8),
+            "section=.8, 8, 8. for head_dim=64, want .* sum to 32",
+        ),
+        (torch.zeros(3, 4, dtype=torch.int64), 66, None, "head_dim=66 has no equal 2D split"),
+        (torch.zeros(3, 4, dtype=torch.int64), 63, (10, 10, 11), "sum to 31.5"),
+        (torch.zeros(2, 4, dtype=torch.int64), 64, None, r"positions_3T has shape \[2, 4\], want \[3, T\]"),
+        (torch.zeros(3, 4, dtype=torch.bool), 64, None, "positions_3T is torch.bool"),
+    ],
+)
+def test_bad_input(positions, head_dim, section, words):
+    with pytest.raises(ValueError, match=words):
+        rope_table(positions, head_dim, section=section)
