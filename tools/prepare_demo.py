@@ -4,7 +4,7 @@ python tools/prepare_demo.py --output data/demo
 
 data/demo/images/{train,heldout}/*.jpg   the pages, 48 x 48 pixels
 data/demo/align.json                     stage 1: every page read out, every photograph named
-data/demo/train.json                     stage 2: rows and columns, three questions a page
+data/demo/train.json                     stage 2: rows, columns and single digits, three questions a page
 data/demo/instruct.json                  stage 3: a row or column, then two single digits
 data/demo/heldout.json                   as stage 3, on pages whose scans appear in no other file
 data/demo/tokenizer.model                SentencePiece, trained on the text of all of them
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from laver_mcore.demo.conversations import caption_turns, line_turns, llava_record, mixed_turns
+from laver_mcore.demo.conversations import caption_turns, dense_turns, llava_record, mixed_turns
 from laver_mcore.demo.pages import (
     PAGE_SIDE_PIXELS,
     Page,
@@ -70,7 +70,7 @@ def write_conversations(
     rng = np.random.default_rng([seed, 2])
     files = {
         "align": ("train", lambda page: caption_turns(page)),
-        "train": ("train", lambda page: line_turns(page, rng)),
+        "train": ("train", lambda page: dense_turns(page, rng)),
         "instruct": ("train", lambda page: mixed_turns(page, rng)),
         "heldout": ("heldout", lambda page: mixed_turns(page, rng)),
     }

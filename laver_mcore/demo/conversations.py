@@ -25,13 +25,18 @@ def caption_turns(page: Page) -> Turns:
 
 
 def line_turns(page: Page, rng: np.random.Generator) -> Turns:
-    """Stage 2: ask for all three rows, or all three columns, in random order."""
+    """Ask for all three rows, or all three columns, in random order."""
     if page.digits is None:
         return _photograph_turns(page)
     by_row = bool(rng.integers(2))
     lines, name = (page.digits, "row") if by_row else (page.digits.T, "column")
     order = rng.permutation(CELLS_PER_SIDE)
     return [(f"Which digits are in {name} {line + 1}?", _spaced(lines[line])) for line in order]
+
+
+def dense_turns(page: Page, rng: np.random.Generator) -> Turns:
+    """Stage 2: as `line_turns` or as `mixed_turns`, evenly."""
+    return line_turns(page, rng) if rng.integers(2) else mixed_turns(page, rng)
 
 
 def mixed_turns(page: Page, rng: np.random.Generator) -> Turns:

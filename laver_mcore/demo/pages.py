@@ -24,7 +24,6 @@ PHOTOGRAPHS = {
     "brick": "a brick wall",
     "camera": "a man with a camera",
     "chelsea": "a cat",
-    "clock": "a moving clock",
     "coffee": "a cup of coffee",
     "coins": "old coins",
     "grass": "grass",
