@@ -11,6 +11,7 @@ import torch
 from laver_mcore.config.schema import ModelConfig
 from laver_mcore.model.laver import LaverModel
 from laver_mcore.model.parameters import EMBEDDING, NamedParameter, named_parameters
+from laver_mcore.model.sharding import shard
 from laver_mcore.parallel import Topology
 
 
@@ -24,7 +25,9 @@ def _std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
     if name.startswith(("connector", "vision_head")):
         return math.sqrt(2.0 / shape[1])  # Kaiming-normal
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        return config.init_method_std / math.sqrt(2.0 * config.num_layers)  # Megatron's scaled residual outputs
+        return config.init_method_std / math.sqrt(
+            2.0 * config.num_layers
+        )  # Megatron's scaled residual outputs
     return config.init_method_std
 
 
@@ -38,18 +41,16 @@ def _draw(item: NamedParameter, full_shape: tuple[int, ...], config: ModelConfig
 
 
 def _cut(full: torch.Tensor, item: NamedParameter, topology: Topology) -> torch.Tensor:
-    if not item.sharded or topology.tp_size == 1:
+    if not item.sharded:
         return full
     dim: int = item.parameter.partition_dim  # type: ignore[attr-defined]
-    if item.name.endswith("linear_fc1.weight"):
-        # SwiGLU: every rank holds its slice of the gate above its slice of the up projection.
-        halves = full.chunk(2, dim)
-        return torch.cat([half.chunk(topology.tp_size, dim)[topology.tp_rank] for half in halves], dim)
-    return full.chunk(topology.tp_size, dim)[topology.tp_rank]
+    return shard(full, item.name, dim, topology.tp_rank, topology.tp_size)
 
 
 @torch.no_grad()
-def initialize(chunks: list[LaverModel], config: ModelConfig, vocab_size: int, seed: int, topology: Topology) -> None:
+def initialize(
+    chunks: list[LaverModel], config: ModelConfig, vocab_size: int, seed: int, topology: Topology
+) -> None:
     """Give every parameter but the vision encoder's its value; `vocab_size` is the one before padding."""
     for item in named_parameters(chunks, topology):
         if item.name.startswith("vision_encoder."):

@@ -1,0 +1,1 @@
+"""Weights between Hugging Face directories and the engine: one table of names, used in both directions."""

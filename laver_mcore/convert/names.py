@@ -1,0 +1,156 @@
+"""The one table of names between Hugging Face's Qwen2 / Qwen2.5 decoder and ours, and the fusing with it.
+
+    model.layers.N.self_attn.{q,k,v}_proj.*    language_model.decoder.layers.N.self_attention.linear_qkv.*
+    model.layers.N.mlp.{gate,up}_proj.weight   language_model.decoder.layers.N.mlp.linear_fc1.weight
+
+All functions take and give whole tensors, unsharded and (on Hugging Face's side) without vocabulary padding.
+Shapes: D width, H query heads, G key/value groups, C channels of a head, F inner width of the MLP,
+V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.schema import ModelConfig
+
+Fusion = Literal["qkv", "gate_up", "vocabulary", "none"]
+
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+OUTPUT = "language_model.output_layer.weight"
+LAYERS = "language_model.decoder.layers."
+
+# Ours -> Hugging Face's, and how several of theirs make one of ours.
+_MODEL: tuple[tuple[str, tuple[str, ...], Fusion], ...] = (
+    (EMBEDDING, ("model.embed_tokens.weight",), "vocabulary"),
+    ("language_model.decoder.final_layernorm.weight", ("model.norm.weight",), "none"),
+    (OUTPUT, ("lm_head.weight",), "vocabulary"),
+)
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LAYER: tuple[tuple[str, tuple[str, ...], Fusion], ...] = (
+    ("input_layernorm.weight", ("input_layernorm.weight",), "none"),
+    ("self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in _QKV), "qkv"),
+    ("self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), "qkv"),
+    ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "none"),
+    ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), "none"),
+    ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"),
+    ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "none"),
+)
+
+# Transformer Engine fuses a norm into the matrix behind it; checkpoints use its names in any case.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+_SEPARATE_NORMS = {separate: fused for fused, separate in _FUSED_NORMS.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One weight under both names: `ours` is one tensor, `theirs` the tensors that make it up, in order."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    fusion: Fusion
+    layer: int | None = None
+
+
+def entries(config: ModelConfig) -> list[Entry]:
+    """The table for a decoder of this shape; tied embeddings have no LM head of their own."""
+    assert config.num_layers is not None
+    table = []
+    for ours, theirs, fusion in _MODEL:
+        if ours != OUTPUT or config.untie_embeddings_and_output_weights:
+            table.append(Entry(ours=ours, theirs=theirs, fusion=fusion))
+    for layer in range(config.num_layers):
+        for ours, theirs, fusion in _LAYER:
+            names = tuple(f"model.layers.{layer}.{name}" for name in theirs)
+            table.append(Entry(ours=f"{LAYERS}{layer}.{ours}", theirs=names, fusion=fusion, layer=layer))
+    return table
+
+
+def canonical(name: str) -> str:
+    """Our name of a parameter, whether its layer is Megatron's or Transformer Engine's."""
+    for fused, separate in _FUSED_NORMS.items():
+        if name.endswith(fused):
+            return name.removesuffix(fused) + separate
+    return name
+
+
+def checkpoint_key(entry: Entry) -> str:
+    """Key in a distributed checkpoint, where the layers of one weight are stacked under one key."""
+    if entry.layer is None:
+        return entry.ours
+    rest = entry.ours.removeprefix(f"{LAYERS}{entry.layer}.")
+    return LAYERS + _SEPARATE_NORMS.get(rest, rest)
+
+
+def their_shapes(entry: Entry, config: ModelConfig, vocab_size: int) -> list[tuple[int, ...]]:
+    """Shapes of `entry.theirs` in a decoder of this shape."""
+    width, heads, groups = config.hidden_size, config.num_attention_heads, config.num_query_groups
+    channels, inner = config.kv_channels, config.ffn_hidden_size
+    assert width is not None
+    assert inner is not None
+    assert channels is not None
+    assert heads is not None
+    assert groups is not None
+    rest = entry.ours if entry.layer is None else entry.ours.removeprefix(f"{LAYERS}{entry.layer}.")
+    if entry.fusion == "vocabulary":
+        return [(vocab_size, width)]
+    if entry.fusion == "gate_up":
+        return [(inner, width)] * 2
+    if entry.fusion == "qkv":
+        rows = [heads * channels, groups * channels, groups * channels]
+        return [(n, width) if rest.endswith("weight") else (n,) for n in rows]
+    if rest == "self_attention.linear_proj.weight":
+        return [(width, heads * channels)]
+    return [(width, inner)] if rest == "mlp.linear_fc2.weight" else [(width,)]
+
+
+def our_shape(entry: Entry, config: ModelConfig, vocab_size: int) -> tuple[int, ...]:
+    """Shape of the whole tensor `entry.ours`, the vocabulary being `vocab_size` rows (padded or not)."""
+    shapes = their_shapes(entry, config, vocab_size)
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def fuse(entry: Entry, tensors: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+    """Hugging Face's tensors -> our whole tensor, without vocabulary padding.
+
+    Megatron interleaves queries, keys and values by group: the H / G query heads of group 0, its key head,
+    its value head, then group 1, so that cutting the rows into equal parts gives every rank whole groups.
+    """
+    if entry.fusion == "qkv":
+        groups = config.num_query_groups
+        assert groups is not None
+        grouped = [tensor.unflatten(0, (groups, -1)) for tensor in tensors]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+    if entry.fusion == "gate_up":
+        return torch.cat(list(tensors))
+    return tensors[0]
+
+
+def split(entry: Entry, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
+    """Our whole tensor -> Hugging Face's tensors (views where possible); the inverse of `fuse`."""
+    if entry.fusion == "qkv":
+        heads, groups, channels = config.num_attention_heads, config.num_query_groups, config.kv_channels
+        assert heads is not None
+        assert groups is not None
+        assert channels is not None
+        parts = [heads // groups * channels, channels, channels]
+        return [part.flatten(0, 1) for part in tensor.unflatten(0, (groups, -1)).split(parts, dim=1)]
+    if entry.fusion == "gate_up":
+        return list(tensor.chunk(2))
+    return [tensor]
+
+
+def pad_vocabulary(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """Append zero rows up to the padded vocabulary, [V, D] -> [rows, D]."""
+    missing = rows - tensor.shape[0]
+    if missing < 0:
+        raise ConfigError(
+            f"a vocabulary of {tensor.shape[0]} tokens does not fit into {rows} rows; raise vocab_size"
+        )
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
