@@ -1,0 +1,16 @@
+"""Without a GPU nothing here runs; Triton is then left to the interpreter for tests/kernels."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+# This folder is collected first. Triton reads the variable once, on import, and other tests may
+# import it before tests/kernels does. On a CPU only our kernels look at it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if importlib.util.find_spec("laver_kernels") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
