@@ -24,16 +24,21 @@ from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.schema import Config
 from laver_mcore.engine import Engine
 from laver_mcore.model.laver import LaverModel
+from laver_mcore.optimizer import allocate_state, coalesced_offsets, load_state
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_METADATA = {
-    # Megatron 0.16: the default format of the distributed optimizer cannot be saved from CPU, this one reshards fully.
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-}
 FRESH = ("mask_token", "vision_head.")
 """Parts that a run may have although the run it starts from had not: LaVer's own, when stage 2 follows stage 1."""
+
+
+def _metadata() -> dict[str, Any]:
+    """How Megatron lays out what it saves; a new one each time, for Megatron writes its process groups into it."""
+    return {
+        # Megatron 0.16's default for the distributed optimizer cannot be saved from CPU, and this one reshards fully.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+    }
 
 
 class CheckpointError(ConfigError):
@@ -76,7 +81,7 @@ def _nested(tree: Any) -> Iterator[Any]:
 
 
 def _model_state(chunks: list[LaverModel]) -> dict[str, Any]:
-    return {f"model{i}": chunk.sharded_state_dict(metadata=_METADATA) for i, chunk in enumerate(chunks)}
+    return {f"model{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(chunks)}
 
 
 def _teacher_state(engine: Engine, model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -97,6 +102,16 @@ def _teacher_state(engine: Engine, model: dict[str, Any]) -> tuple[dict[str, Any
         name = str(len(state))
         state[name], averages[name] = replace(sharded, **changed), average
     return state, averages
+
+
+def _optimizer_state(engine: Engine, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    if getattr(engine.optimizer, "is_stub_optimizer", False):
+        return {}  # nothing trains on this pipeline stage
+    if is_loading:
+        allocate_state(engine.optimizer)
+    with coalesced_offsets(engine.optimizer):
+        state = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata())
+    return {"optimizer": state}
 
 
 def _center_state(engine: Engine) -> dict[str, Any]:
@@ -153,14 +168,15 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
         **model,
         "teacher": _teacher_state(engine, model)[0],
         **_center_state(engine),
-        "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA),
+        **_optimizer_state(engine, model, is_loading=False),
         "rng": _rng_state(engine),
         "progress": asdict(progress),
         "layout": _layout(engine),
+        "distributed_optimizer": engine.config.parallel.use_distributed_optimizer,
         "identity": _identity(engine.config, engine.vocab_size),
         "data": data_fingerprint,
     }
-    dist_checkpointing.save(state, str(folder), content_metadata=_METADATA)
+    dist_checkpointing.save(state, str(folder), content_metadata=_metadata())
     dist.barrier()
     if dist.get_rank() == 0:
         tracker = Path(directory) / TRACKER
@@ -198,12 +214,16 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
             f"weights use --pretrained-checkpoint {directory}"
         )
     model = _model_state(engine.chunks)
+    distributed = common["distributed_optimizer"]
+    if distributed != engine.config.parallel.use_distributed_optimizer:
+        flag = "--use-distributed-optimizer" if distributed else "--no-use-distributed-optimizer"
+        raise CheckpointError(f"{folder} holds the state of the other kind of optimizer; resume with {flag}")
     teacher, averages = _teacher_state(engine, model)
     state = {
         **model,
         "teacher": teacher,
         **_center_state(engine),
-        "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=True, metadata=_METADATA),
+        **_optimizer_state(engine, model, is_loading=True),
     }
     same_layout = common["layout"] == _layout(engine)
     if same_layout:
@@ -211,7 +231,8 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
     loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(engine.chunks):
         chunk.load_state_dict(loaded[f"model{i}"])
-    engine.optimizer.load_state_dict(loaded["optimizer"])
+    if "optimizer" in loaded:
+        load_state(engine.optimizer, loaded["optimizer"])
     if engine.teacher is not None:
         for name, average in averages.items():
             average.copy_(loaded["teacher"][name])

@@ -1,7 +1,9 @@
 """Megatron's optimizer for the model chunks, and a view of its fp32 master weights."""
 
+import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,6 +65,63 @@ def apply_gradients(optimizer: MegatronOptimizer) -> tuple[float, bool]:
 def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [p for p in parts if isinstance(p, DistributedOptimizer) and not getattr(p, "is_stub_optimizer", False)]
+
+
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Give a fresh distributed optimizer its moments, so that a checkpoint can be loaded into them.
+
+    Megatron allocates them itself for apex's and Transformer Engine's Adam; with torch's it reads the step count of a
+    state that is not there yet. The values do not matter: weights, moments and step count are all loaded over them.
+    """
+    for part in _distributed(optimizer):
+        if not part.optimizer.state:
+            part._init_optimizer_states_with_dummy_values()
+
+
+@contextlib.contextmanager
+def coalesced_offsets(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Make Megatron-Core 0.16.1 save the moments of the right parameters.
+
+    It gathers the buckets of a buffer into one tensor without the padding between them, and then cuts parameters out
+    of it at offsets that count the padding: with more than one bucket (tied embeddings under pipeline parallelism,
+    overlapped reduction) moments are shifted. Inside this context the offsets leave the padding out as well.
+    """
+    buffers = [buffer for part in _distributed(optimizer) for buffer in part.buffers]
+    originals = [buffer.param_index_map for buffer in buffers]
+    try:
+        for buffer in buffers:
+            shifts, coalesced = [], 0
+            for (start, _), bucket in zip(buffer.bucket_indices, buffer.buckets, strict=True):
+                shifts.append(start - coalesced)
+                coalesced += bucket.numel_unpadded
+            buffer.param_index_map = {
+                parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
+                for parameter, (start, end, bucket) in buffer.param_index_map.items()
+            }
+        yield
+    finally:
+        for buffer, original in zip(buffers, originals, strict=True):
+            buffer.param_index_map = original
+
+
+def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Put a loaded state (`sharded_state_dict` after loading) into the optimizer.
+
+    Megatron's loader of sharded moments expects a tensor for every entry of the state, and torch's Adam keeps a step
+    count there that is stored elsewhere: it is set aside meanwhile. Megatron also gives all parameters one and the same
+    step tensor, which torch would then advance once per parameter: each gets its own.
+    """
+    parts = _distributed(optimizer)
+    if not parts:
+        optimizer.load_state_dict(state)
+        return
+    (part,) = parts
+    moments = state.pop("param_state")
+    part.load_state_dict(state)
+    steps = {p: values.pop("step") for p, values in part.optimizer.state.items() if "step" in values}
+    part.load_parameter_state_from_fully_reshardable(moments)
+    for parameter, step in steps.items():
+        part.optimizer.state[parameter]["step"] = step.clone()
 
 
 def master_weights(

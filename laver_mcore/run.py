@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import yaml
 
@@ -79,27 +80,33 @@ def run(config: Config) -> int:
     """Train as `config` says; returns the exit status 0. Bad input raises before anything is written."""
     device = parallel.init_distributed()
     try:
-        check_world(config, dist.get_world_size())
-        check_save_folder(config)
-        tokenizer = build_tokenizer(config)
-        data = build_data(config, tokenizer)
-        topology = parallel.build_topology(config.parallel, device)
-        engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer))
-        progress = _resume(engine, config, data.fingerprint())
-        dist.barrier()
-        _announce(engine, len(data.samples), report)
-        if config.run.save and topology.rank == 0:
-            Path(config.run.save).mkdir(parents=True, exist_ok=True)
-            (Path(config.run.save) / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        metrics = Metrics(config, progress.iteration) if topology.is_last_rank else None
-        try:
-            train(engine, data, progress, metrics)
-        finally:
-            if metrics is not None:
-                metrics.close()
+        train_run(config, device)
     finally:
         parallel.shut_down()
     return 0
+
+
+def train_run(config: Config, device: torch.device) -> Engine:
+    """The run inside process groups that are joined already; returns the trained engine."""
+    check_world(config, dist.get_world_size())
+    check_save_folder(config)
+    tokenizer = build_tokenizer(config)
+    data = build_data(config, tokenizer)
+    topology = parallel.build_topology(config.parallel, device)
+    engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer))
+    progress = _resume(engine, config, data.fingerprint())
+    dist.barrier()  # nobody writes before everybody has looked
+    _announce(engine, len(data.samples), report)
+    if config.run.save and topology.rank == 0:
+        Path(config.run.save).mkdir(parents=True, exist_ok=True)
+        (Path(config.run.save) / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    metrics = Metrics(config, progress.iteration) if topology.is_last_rank else None
+    try:
+        train(engine, data, progress, metrics)
+    finally:
+        if metrics is not None:
+            metrics.close()
+    return engine
 
 
 def _announce(engine: Engine, num_samples: int, report: Any) -> None:

@@ -51,3 +51,49 @@ def write_sample_data(directory: Path, num_samples: int = 48) -> Path:
     (directory / "train.json").write_text(json.dumps(records), encoding="utf-8")
     write_tokenizer(directory / "tokenizer.model", [" ".join(words)] * 10 + ["You are a helpful assistant."])
     return directory / "train.json"
+
+
+def _write_text_rows(directory: Path) -> None:
+    """Rows without any image beside rows with one: a rank may see no image while others do."""
+    records = json.loads((directory / "train.json").read_text(encoding="utf-8"))
+    words = "red green blue dark bright left right up down one two three many few".split() * 3
+    texts = [
+        {
+            "id": f"text-{index}",
+            "conversations": [
+                {"from": "human", "value": " ".join(words[index:])},
+                {"from": "gpt", "value": " ".join(words[index : index + 6])},
+            ],
+        }
+        for index in range(12)
+    ]
+    with_image = [record for record in records if "image" in record][:8]
+    (directory / "text_rows.json").write_text(json.dumps(texts + with_image), encoding="utf-8")
+
+
+def write_recipe(directory: Path) -> Path:
+    """A LaVer recipe over the sample data, tiny, with every part of the method switched on."""
+    _write_text_rows(directory)
+    recipe = f"""
+model: {{model: tiny, num_layers: 4, hidden_size: 64, ffn_hidden_size: 128}}
+vision: {{vision: encoder-free, image_size: {IMAGE_SIZE}, patch_size: {PATCH_SIZE}}}
+laver:
+  laver: true
+  mask_ratio: 0.5
+  mask_strategy: constant
+  momentum: 0.9
+  ema_steps: 1
+  vision_head_hidden_size: 64
+  centering: true
+data:
+  data_path: [{directory}/train.json]
+  tokenizer_model: {directory}/tokenizer.model
+  seq_length: 128
+  pad_to_multiple: 16
+  system_prompt: ""
+optimizer: {{lr: 1.0e-3}}
+train: {{train_iters: 8, micro_batch_size: 1, global_batch_size: 4}}
+"""
+    path = directory / "recipe.yaml"
+    path.write_text(recipe, encoding="utf-8")
+    return path

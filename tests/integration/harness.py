@@ -1,0 +1,73 @@
+"""Launch real process groups on CPU and read what their runs wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One training run: its folder's name and the arguments of `pretrain_laver.py`."""
+
+    name: str
+    argv: tuple[str, ...]
+    may_fail: bool = False
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, and the repository importable."""
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+def torchrun(num_ranks: int, *argv: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node num_ranks argv...` with a rendezvous of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), *argv]
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def run_scenarios(num_ranks: int, directory: Path, scenarios: Sequence[Scenario]) -> None:
+    """Run all scenarios in one launch; run NAME saves under `directory/NAME`."""
+    plan = [
+        {
+            "argv": [*s.argv, "--save", str(directory / s.name), "--no-tensorboard"],
+            "may_fail": s.may_fail,
+            "error": str(directory / f"{s.name}.error"),
+        }
+        for s in scenarios
+    ]
+    path = directory / f"scenarios_{num_ranks}_{scenarios[0].name}.json"
+    path.write_text(json.dumps(plan))
+    done = torchrun(num_ranks, "tests/integration/worker.py", str(path))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_checkpoint(run: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """Whole tensors of a run's newest checkpoint whose key starts with `prefix`, read without Megatron."""
+    iteration = int((run / "latest_checkpointed_iteration.txt").read_text())
+    folder = run / f"iter_{iteration:07d}"
+    reader = dcp.FileSystemReader(folder)
+    metadata = reader.read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in metadata.items()
+        if key.startswith(prefix) and hasattr(entry, "size")
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
