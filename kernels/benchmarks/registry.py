@@ -1,0 +1,305 @@
+"""What is timed: every operation with its shapes, useful work, baselines, and the problem that guards it.
+
+A workload's callables take one set of inputs and return the output; `timing.py` takes gradients. Useful
+work counts what the equation needs (pairs that the mask shows, one triangle of a symmetric Gram matrix),
+whatever an implementation spends.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import baselines
+import torch
+from torch import Tensor
+
+from laver_kernels import (
+    ema_update_,
+    gram_loss,
+    latent_cross_entropy,
+    linear_cross_entropy,
+    mixed_attention,
+    rope_table,
+)
+from laver_kernels.testing import (
+    Problem,
+    attention_problem,
+    ema_problem,
+    gram_problem,
+    head_problem,
+    latent_problem,
+    plain_gram,
+)
+from laver_kernels.testing_masks import (
+    Document,
+    image,
+    intervals_of,
+    many_image_documents,
+    one_image_documents,
+    positions_of,
+    text,
+)
+
+Inputs = dict[str, Tensor]
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One operation at one shape on the GPU."""
+
+    make_inputs: Callable[[int], Inputs]  # seed -> fresh tensors; those of floating dtype get gradients
+    ours: Callable[..., Tensor]
+    baselines: dict[str, Callable[..., Tensor]]
+    unit: str  # "TF/s" or "GB/s"
+    work: dict[str, float]  # "forward", "backward" or "both" -> FLOPs or bytes
+    extra_times: dict[str, Callable[[], object]] = field(
+        default_factory=dict
+    )  # timed alone: mask construction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """A named case: `guard` is checked first, on any device; `build` makes the workload, on a GPU only."""
+
+    operation: str
+    case: str
+    guard: Callable[[str], Problem]  # device -> small problem
+    build: Callable[[], Workload]
+    dtype: str = "bf16"
+
+
+MIXES: dict[str, Callable[[int], tuple[Document, ...]]] = {
+    "one image": one_image_documents,
+    "five images": many_image_documents,
+    "causal": lambda num_tokens: ((text(num_tokens),),),
+    "reconstruction": lambda num_tokens: ((image(729),),) * (num_tokens // 729),
+    "full": lambda num_tokens: ((image(num_tokens),),),
+}
+SMALL_MIXES: dict[str, tuple[Document, ...]] = {
+    "one image": ((text(3), image(20), text(30)),),
+    "five images": ((text(4), image(9), text(4), image(9), text(4)),) * 2,
+    "causal": ((text(50),),),
+    "reconstruction": ((image(16),),) * 3,
+    "full": ((image(45),),),
+}
+HEADS = {1: (28, 4), 2: (14, 2), 4: (7, 1)}  # tensor-parallel size -> query and key heads of Qwen2.5-7B
+
+
+def attention_workload(
+    documents: tuple[Document, ...], heads: tuple[int, int], head_dim: int, rotate: bool
+) -> Workload:
+    intervals = intervals_of(documents).to("cuda")
+    num_tokens = len(intervals)
+    pairs = int((intervals.row_hi_T - intervals.row_lo_T).clamp(min=0).sum())
+    rope = rope_table(positions_of(documents), head_dim, device="cuda") if rotate else None
+    counts = {"q": heads[0], "k": heads[1], "v": heads[1]}
+
+    def make_inputs(seed: int) -> Inputs:
+        torch.manual_seed(seed)
+        return {
+            name: torch.randn(num_tokens, count, head_dim, dtype=BF16, device="cuda")
+            for name, count in counts.items()
+        }
+
+    others, extra = baselines.attention(intervals, documents, rope)
+    return Workload(
+        make_inputs=make_inputs,
+        ours=lambda q, k, v: mixed_attention(q, k, v, intervals, rope, impl="triton"),
+        baselines=others,
+        unit="TF/s",
+        work={
+            "forward": 4.0 * heads[0] * head_dim * pairs,
+            "backward": 10.0 * heads[0] * head_dim * pairs,
+        },
+        extra_times=extra,
+    )
+
+
+def attention_benchmarks() -> Iterator[Benchmark]:
+    shapes = [(1, num_tokens) for num_tokens in (4096, 8192, 16384, 32768)] + [
+        (2, 8192),
+        (4, 8192),
+        (4, 32768),
+    ]
+    for mix, documents_of in MIXES.items():
+        for tensor_parallel, num_tokens in shapes:
+            if mix == "full" and num_tokens > 8192:
+                continue  # no recipe has an image of that size
+            yield Benchmark(
+                operation="mixed_attention",
+                case=f"{mix}, T={num_tokens}, TP={tensor_parallel}",
+                guard=lambda device, mix=mix, tp=tensor_parallel: _small_attention(mix, HEADS[tp], device),
+                build=lambda of=documents_of, t=num_tokens, tp=tensor_parallel: attention_workload(
+                    of(t), HEADS[tp], 128, rotate=False
+                ),
+            )
+    yield Benchmark(
+        operation="mixed_attention",
+        case="five images with 2D-RoPE, T=8192, TP=1",
+        guard=lambda device: _small_attention("five images", HEADS[4], device, rotate=True),
+        build=lambda: attention_workload(many_image_documents(8192), HEADS[1], 128, rotate=True),
+    )
+    yield Benchmark(
+        operation="mixed_attention",
+        case="five images, T=8192, 0.5B (14/2/64)",
+        guard=lambda device: _small_attention("five images", HEADS[2], device),
+        build=lambda: attention_workload(many_image_documents(8192), (14, 2), 64, rotate=False),
+    )
+
+
+def _small_attention(mix: str, heads: tuple[int, int], device: str, rotate: bool = False) -> Problem:
+    return attention_problem(
+        mix, SMALL_MIXES[mix], heads=(heads[0] // heads[1], 1), device=device, rotate=rotate,
+        head_dim=16 if device == "cpu" else 128, dtype=torch.float32 if device == "cpu" else BF16,
+    )  # fmt: skip
+
+
+def gram_workload(lengths: tuple[int, ...], width: int) -> Workload:
+    num_rows = sum(lengths)
+    torch.manual_seed(0)
+    teacher = torch.randn(num_rows, width, dtype=BF16, device="cuda")
+
+    def make_inputs(seed: int) -> Inputs:
+        torch.manual_seed(seed)
+        return {"student": torch.randn(num_rows, width, dtype=BF16, device="cuda") + 0.1}
+
+    work = float(sum(2 * n * n * width for n in lengths))
+    return Workload(
+        make_inputs=make_inputs,
+        ours=lambda student: gram_loss(student, teacher, lengths, impl="triton"),
+        baselines={
+            "eager bf16": lambda student: plain_gram(student, teacher, lengths, True),
+            "compiled": baselines.compiled(lambda student: plain_gram(student, teacher, lengths, True)),
+        },
+        unit="TF/s",
+        work={"forward": work, "backward": work},
+    )
+
+
+def gram_benchmarks() -> Iterator[Benchmark]:
+    cases = {"64 x 729": (729,) * 64, "64 x 1024": (1024,) * 64, "16 x 576": (576,) * 16}
+    cases["native resolution"] = tuple(200 + 97 * i % 900 for i in range(64))
+    for name, lengths in cases.items():
+        yield Benchmark(
+            operation="gram_loss",
+            case=f"{name}, K=3584",
+            guard=lambda device: gram_problem("guard", (33, 7), device=device, dtype=_guard_dtype(device)),
+            build=lambda lengths=lengths: gram_workload(lengths, 3584),
+        )
+
+
+def latent_workload(num_rows: int, num_masked: int, width: int) -> Workload:
+    torch.manual_seed(0)
+    teacher = torch.randn(num_rows, width, dtype=BF16, device="cuda")
+    rows = torch.randperm(num_rows, device="cuda")[:num_masked].sort().values
+
+    def make_inputs(seed: int) -> Inputs:
+        torch.manual_seed(seed)
+        return {"student": torch.randn(num_rows, width, dtype=BF16, device="cuda")}
+
+    def plain(student: Tensor) -> Tensor:
+        target = torch.softmax(teacher[rows].float() / 0.04, -1)
+        return -(target * torch.log_softmax(student[rows].float() / 0.1, -1)).sum()
+
+    return Workload(
+        make_inputs=make_inputs,
+        ours=lambda student: latent_cross_entropy(student, teacher, rows, impl="triton"),
+        baselines={"eager": plain, "compiled": baselines.compiled(plain)},
+        unit="GB/s",
+        # Read student and teacher and write the rows' gradient; then scale it into a tensor of zeros.
+        work={
+            "forward": 6.0 * num_masked * width,
+            "backward": 4.0 * num_masked * width + 2.0 * num_rows * width,
+        },
+    )
+
+
+def latent_benchmarks() -> Iterator[Benchmark]:
+    for num_rows, num_masked in ((46656, 2332), (46656, 46656)):
+        yield Benchmark(
+            operation="latent_cross_entropy",
+            case=f"{num_masked} of {num_rows} rows, K=3584",
+            guard=lambda device: latent_problem(
+                "guard", 9, (1, 4), device=device, dtype=_guard_dtype(device)
+            ),
+            build=lambda n=num_rows, m=num_masked: latent_workload(n, m, 3584),
+        )
+
+
+def ema_workload(num_elements: int) -> Workload:
+    torch.manual_seed(0)
+    source = torch.randn(num_elements, device="cuda").to(BF16)
+    copy = torch.empty(num_elements, dtype=BF16, device="cuda")
+
+    def ours(average: Tensor) -> Tensor:
+        ema_update_(average, source, 0.996, copy, impl="triton")
+        return copy
+
+    def foreach(average: Tensor) -> Tensor:
+        wide = [source.float()]  # _foreach_lerp_ refuses fp32 <- bf16
+        torch._foreach_lerp_([average], wide, 0.004)
+        torch._foreach_copy_([copy], [average])
+        return copy
+
+    return Workload(
+        make_inputs=lambda seed: {"average": torch.randn(num_elements, device="cuda")},
+        ours=ours,
+        baselines={"foreach": foreach},
+        unit="GB/s",
+        work={"forward": 12.0 * num_elements},  # 4 + 2 bytes read, 4 + 2 written
+    )
+
+
+def ema_benchmarks() -> Iterator[Benchmark]:
+    for num_elements in (2**26, 2**28):
+        yield Benchmark(
+            operation="ema_update_",
+            case=f"{num_elements / 1e6:.0f}M elements, bf16 -> fp32 + bf16",
+            guard=lambda device: ema_problem("guard", 5001, source_dtype=torch.float32, device=device),
+            build=lambda n=num_elements: ema_workload(n),
+        )
+
+
+def head_workload(num_rows: int, num_columns: int, width: int) -> Workload:
+    torch.manual_seed(0)
+    targets = torch.randint(0, num_columns, (num_rows,), device="cuda")
+
+    def make_inputs(seed: int) -> Inputs:
+        torch.manual_seed(seed)
+        weight = torch.randn(num_columns, width, dtype=BF16, device="cuda") * width**-0.5
+        return {"hidden": torch.randn(num_rows, width, dtype=BF16, device="cuda"), "weight": weight}
+
+    gemm = 2.0 * num_rows * num_columns * width
+    return Workload(
+        make_inputs=make_inputs,
+        ours=lambda hidden, weight: linear_cross_entropy(hidden, weight, targets, impl="triton"),
+        baselines=baselines.head(targets),
+        unit="TF/s",
+        work={"both": 3 * gemm},  # ours makes the gradients in the forward: only the sum compares
+    )
+
+
+def head_benchmarks() -> Iterator[Benchmark]:
+    for num_rows, tensor_parallel in ((2376, 1), (8192, 1), (2376, 4)):
+        yield Benchmark(
+            operation="linear_cross_entropy",
+            case=f"{num_rows} rows, V=152064/{tensor_parallel}, D=3584",
+            guard=lambda device: head_problem(
+                "guard", 9, 50, chunk_rows=4, device=device, dtype=_guard_dtype(device)
+            ),
+            build=lambda n=num_rows, tp=tensor_parallel: head_workload(n, 152064 // tp, 3584),
+        )
+
+
+def _guard_dtype(device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else BF16
+
+
+def all_benchmarks() -> list[Benchmark]:
+    return [
+        *attention_benchmarks(),
+        *gram_benchmarks(),
+        *latent_benchmarks(),
+        *ema_benchmarks(),
+        *head_benchmarks(),
+    ]
