@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-Kind = Literal["siglip", "clip", "dinov2"]
 Select = Literal["patch", "cls_patch"]
 
 
@@ -65,7 +64,7 @@ class VisionEncoder(nn.Module):
     such layer, or no CLS token where one is selected.
     """
 
-    def __init__(self, kind: Kind, tower: nn.Module, *, layer: int = -1, select: Select = "patch") -> None:
+    def __init__(self, kind: str, tower: nn.Module, *, layer: int = -1, select: Select = "patch") -> None:
         super().__init__()
         spec = _spec(kind)
         if select not in ("patch", "cls_patch"):
@@ -142,7 +141,7 @@ class PatchEmbedder(nn.Module):
 
 
 def build_vision_encoder(
-    kind: Kind,
+    kind: str,
     *,
     path: str | Path | None = None,
     config: dict[str, Any] | None = None,
@@ -181,7 +180,7 @@ def build_vision_encoder(
     return VisionEncoder(kind, tower, layer=layer, select=select).to(device)
 
 
-def read_config(path: str | Path, kind: Kind | None = None) -> dict[str, Any]:
+def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     """Return the vision tower's settings from `path/config.json`, whole checkpoint or vision half.
 
     ValueError if there is no such file, or if it describes a model that `kind` (None: any kind) does not

@@ -1,0 +1,118 @@
+# Everything a newcomer types. `make demo` and `make test` set themselves up; a second call starts at once.
+#
+#   make demo                        train, evaluate and report on real pictures (DEMO_ARGS=--short: a minute)
+#   make test                        all tests (TEST_ARGS="-k mask -x": some of them)
+#
+# Options, on the command line or in the environment:
+#   PYTHON=python3.12                which Python (3.11 or newer) the environment is made with
+#   SYSTEM_SITE_PACKAGES=1           see the system's packages: keeps the torch of a container
+#   TORCH=torch==2.13.0              another build of torch than the default below
+#   TORCH_PIP_ARGS="--index-url ..." where torch comes from, such as PyTorch's smaller CPU-only builds
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.SUFFIXES:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet --no-input
+STAMPS := $(VENV)/stamps
+
+# A GPU machine takes the newest CUDA build; without one the version is pinned, so that demo numbers are comparable.
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+ifeq ($(HAS_GPU),0)
+TORCH ?= --requirement requirements/torch-cpu.txt
+else
+TORCH ?= 'torch>=2.11'
+endif
+TORCH_PIP_ARGS ?=
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+SYSTEM_SITE_PACKAGES ?=
+
+LINTED := .
+SHELL_SCRIPTS := .ci/run $(wildcard examples/*/*.sh examples/*/*.sbatch)
+
+.PHONY: help setup demo test lint format typecheck shellcheck aot bench gpu-test clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMPS)/installed ## the environment in .venv
+	@:
+
+demo: setup ## prepare the data, train three stages, evaluate, write runs/demo/report.md
+	@$(BIN)/python tools/run_demo.py $(DEMO_ARGS)
+
+test: setup ## the tests
+	@$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: setup ## style and likely mistakes, formatting included
+	@$(BIN)/ruff check --quiet $(LINTED)
+	@$(BIN)/ruff format --quiet --check $(LINTED) || { echo "run: make format" >&2; exit 1; }
+
+format: setup ## put imports and layout in order
+	@$(BIN)/ruff check --quiet --fix-only $(LINTED)
+	@$(BIN)/ruff format --quiet $(LINTED)
+
+typecheck: setup ## mypy
+	@$(BIN)/mypy
+
+shellcheck: setup ## the shell scripts
+	@$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+aot: setup ## compile every kernel for NVIDIA and AMD GPUs, without one
+	@$(BIN)/python kernels/aot.py
+
+bench: setup ## measure the kernels on this machine's GPU
+	@$(BIN)/python kernels/benchmarks/run.py $(BENCH_ARGS)
+
+gpu-test: setup ## the tests that need a GPU
+	@$(BIN)/python -m pytest tests/gpu $(TEST_ARGS)
+
+clean: ## remove the environment, caches and build products; data/ and runs/ stay
+	@rm -rf $(VENV) build dist kernels/build kernels/dist .pytest_cache .mypy_cache .ruff_cache .triton
+	@find . -name __pycache__ -prune -exec rm -rf {} +
+	@find . -name '*.egg-info' -prune -exec rm -rf {} +
+
+# The environment, in steps that are repeated only when what they depend on has changed.
+
+$(STAMPS)/venv:
+	@python=$$(for name in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
+	    if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$name; break; fi; \
+	done); \
+	if [ -z "$$python" ]; then echo "setup: needs Python 3.11 or newer; name it with PYTHON=..." >&2; exit 2; fi; \
+	echo "setup: $(VENV) with $$($$python --version)"; \
+	rm -rf $(VENV); \
+	site=$(if $(SYSTEM_SITE_PACKAGES),--system-site-packages,); \
+	if ! $$python -m venv $$site $(VENV) >/dev/null 2>&1; then \
+	    rm -rf $(VENV); \
+	    if ! { $$python -m venv $$site --without-pip $(VENV) \
+	        && $$python -m pip --quiet --python $(BIN)/python install pip; } >/dev/null 2>&1; then \
+	        rm -rf $(VENV); \
+	        echo "setup: $$python cannot make environments with pip; on Debian and Ubuntu:" \
+	            "apt-get install python3-venv" >&2; \
+	        exit 2; \
+	    fi; \
+	fi; \
+	mkdir -p $(STAMPS); touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv requirements/torch-cpu.txt
+	@if [ -n "$(SYSTEM_SITE_PACKAGES)" ] && $(BIN)/python -c 'import torch' 2>/dev/null; then \
+	    echo "setup: torch of the system"; \
+	else \
+	    echo "setup: torch (minutes on a first visit)"; \
+	    $(PIP) install $(TORCH_PIP_ARGS) $(TORCH); \
+	fi
+	@touch $@
+
+$(STAMPS)/requirements: $(STAMPS)/torch requirements/base.txt requirements/dev.txt
+	@echo "setup: pinned requirements"
+	@$(PIP) install --requirement requirements/base.txt --requirement requirements/dev.txt
+	@touch $@
+
+$(STAMPS)/installed: $(STAMPS)/requirements setup.py pyproject.toml kernels/pyproject.toml
+	@echo "setup: laver_kernels and laver_mcore, editable"
+	@$(PIP) install --no-deps --no-build-isolation --editable kernels --editable .
+	@touch $@
