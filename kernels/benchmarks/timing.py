@@ -30,7 +30,7 @@ def time_benchmark(benchmark: Benchmark, machine: Machine, repeats: int) -> list
                 print(f"  {name} cannot run {direction}: {str(error).splitlines()[0]}")
         if direction == "forward":
             for name, function in workload.extra_times.items():
-                measured[name] = _median_of(lambda _, function=function: function(), copies, repeats)
+                measured[name] = median_of(lambda _, function=function: function(), copies, repeats)
         ours_ms = measured.pop("ours")
         rate = work / (ours_ms * 1e-3) / (1e12 if workload.unit == "TF/s" else 1e9)
         peak = machine.teraflops if workload.unit == "TF/s" else machine.gigabytes
@@ -87,9 +87,9 @@ def _agreeing(
 
 def _median_ms(function: Callable[..., Tensor], copies, direction: str, repeats: int) -> float:
     if direction == "forward":
-        return _median_of(lambda copy: function(**copy), copies, repeats)
+        return median_of(lambda copy: function(**copy), copies, repeats)
     if direction == "both":
-        return _median_of(lambda copy: _with_gradients(function, copy), copies, repeats)
+        return median_of(lambda copy: with_gradients(function, copy), copies, repeats)
     graphs = []
     for copy in copies:
         output = function(**copy)
@@ -99,15 +99,15 @@ def _median_ms(function: Callable[..., Tensor], copies, direction: str, repeats:
         output, inputs, upstream = graph
         return torch.autograd.grad(output, inputs, upstream, retain_graph=True)
 
-    return _median_of(backward, graphs, repeats)
+    return median_of(backward, graphs, repeats)
 
 
-def _with_gradients(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def with_gradients(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     output = function(**inputs)
     return torch.autograd.grad(output, list(inputs.values()), torch.ones_like(output))
 
 
-def _median_of(call: Callable, arguments: list, repeats: int) -> float:
+def median_of(call: Callable, arguments: list, repeats: int) -> float:
     """Median milliseconds of one call, by CUDA events."""
     for i in range(WARM_UP):
         call(arguments[i % len(arguments)])
@@ -131,6 +131,6 @@ def _peak_bytes(function: Callable[..., Tensor], inputs: dict[str, Tensor], dire
     if direction == "forward":
         function(**inputs)
     else:
-        _with_gradients(function, inputs)
+        with_gradients(function, inputs)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
