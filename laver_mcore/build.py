@@ -14,6 +14,9 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from laver_mcore import checkpoint
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.schema import Config
+from laver_mcore.convert.decoder import check_weights
+from laver_mcore.convert.safetensors_directory import open_weights
+from laver_mcore.convert.weights import load_hf_weights
 from laver_mcore.data.images import FixedImageProcessor, ImageProcessor, PatchImageProcessor
 from laver_mcore.data.loader import DialogueData
 from laver_mcore.data.tokenizer import Tokenizer, load_tokenizer
@@ -131,12 +134,16 @@ def _wrap(config: Config, chunks: list[LaverModel]) -> list[DistributedDataParal
 
 
 def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[Engine, BuildReport]:
-    """Model, optimizer and teacher of this rank; weights random, or those of `pretrained_checkpoint`."""
+    """Model, optimizer and teacher of this rank; weights random, of `pretrained_checkpoint`, or of `hf_path`."""
     chunks = build_chunks(config, topology, vocab_size)
     initialize(chunks, config.model, vocab_size, config.train.seed, topology)
     fresh = []
     if config.run.pretrained_checkpoint:
         fresh = checkpoint.load_weights(chunks, config, vocab_size, config.run.pretrained_checkpoint)
+    elif config.run.hf_path:
+        weights = open_weights(config.run.hf_path, allow_pickle=config.run.allow_pickle)
+        check_weights(weights, config.model, vocab_size, config.run.hf_path)
+        load_hf_weights(chunks, config.model, vocab_size, topology, weights)
     trainable = freeze(chunks, config.train.trainable, topology)
     models = _wrap(config, chunks)
     engine = Engine(

@@ -140,7 +140,7 @@ def _layout(engine: Engine) -> list[int]:
     return [engine.topology.tp_size, engine.topology.pp_size, engine.topology.dp_size]
 
 
-def _identity(config: Config, vocab_size: int) -> dict[str, Any]:
+def identity(config: Config, vocab_size: int) -> dict[str, Any]:
     """What a checkpoint must share with the run that loads it."""
     model = asdict(config.model)
     names = (
@@ -173,7 +173,7 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
         "progress": asdict(progress),
         "layout": _layout(engine),
         "distributed_optimizer": engine.config.parallel.use_distributed_optimizer,
-        "identity": _identity(engine.config, engine.vocab_size),
+        "identity": identity(engine.config, engine.vocab_size),
         "data": data_fingerprint,
     }
     dist_checkpointing.save(state, str(folder), content_metadata=_metadata())
@@ -187,7 +187,9 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
     return folder
 
 
-def _open(directory: str | Path, identity: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+def _open(
+    directory: str | Path, wanted_identity: dict[str, Any], *, may_lack_vision: bool = False
+) -> tuple[Path, dict[str, Any]]:
     """Folder and common state of the newest checkpoint, after checking that it is of this model."""
     iteration = latest_iteration(directory)
     if iteration is None:
@@ -197,7 +199,9 @@ def _open(directory: str | Path, identity: dict[str, Any]) -> tuple[Path, dict[s
         raise CheckpointError(f"{folder} is not a complete checkpoint: metadata.json is missing")
     common = dist_checkpointing.load_common_state_dict(str(folder))
     stored = common.get("identity", {})
-    for name, wanted in identity.items():
+    for name, wanted in wanted_identity.items():
+        if name == "vision" and may_lack_vision and stored.get(name) == "none":
+            continue
         if stored.get(name) != wanted:
             raise CheckpointError(
                 f"{folder} is of another model: it has {name}={stored.get(name)!r}, this recipe {name}={wanted!r}"
@@ -207,7 +211,7 @@ def _open(directory: str | Path, identity: dict[str, Any]) -> tuple[Path, dict[s
 
 def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progress:
     """Resume: load everything into `engine` and return where the run stood. Raises `CheckpointError`."""
-    folder, common = _open(directory, _identity(engine.config, engine.vocab_size))
+    folder, common = _open(directory, identity(engine.config, engine.vocab_size))
     if common["data"] != data_fingerprint:
         raise CheckpointError(
             f"{folder} was trained on other data (records, tokenizer, seed or lengths changed); to start anew from its "
@@ -254,10 +258,12 @@ def _restore_rng(state: dict[str, Any]) -> None:
 def load_weights(chunks: list[LaverModel], config: Config, vocab_size: int, directory: str | Path) -> list[str]:
     """Start from another run's weights (`--pretrained-checkpoint`), before the optimizer is built.
 
-    Returns the names of parts that it does not have and that keep their fresh values; only LaVer's own may be
-    missing, anything else raises `CheckpointError`.
+    Returns the names of parts that it does not have and that keep their fresh values; only LaVer's own (and the
+    visual path, where the other run was on text alone) may be missing, anything else raises `CheckpointError`.
     """
-    folder, _ = _open(directory, _identity(config, vocab_size))
+    folder, common = _open(directory, identity(config, vocab_size), may_lack_vision=True)
+    # Weights converted from a text model have no visual path: connector and patches start fresh, a tower has its own.
+    visual = ("connector.", "vision_encoder.") if common["identity"]["vision"] == "none" else ()
     stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
     fresh: set[str] = set()
     model = _model_state(chunks)
@@ -265,7 +271,7 @@ def load_weights(chunks: list[LaverModel], config: Config, vocab_size: int, dire
         for name in list(part):
             key = part[name].key
             if key not in stored and not isinstance(part[name], ShardedObject):
-                if not key.startswith(FRESH):
+                if not key.startswith(FRESH + visual):
                     raise CheckpointError(f"{folder} has no {key}; it is of another model")
                 fresh.add(key)
                 del part[name]

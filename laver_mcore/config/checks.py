@@ -102,6 +102,10 @@ def _check_run(config: Config) -> None:
         run.load is None or run.pretrained_checkpoint is None,
         "load resumes a run and pretrained_checkpoint starts a new one from its weights: give one of them",
     )
+    _require(
+        run.hf_path is None or run.pretrained_checkpoint is None,
+        "hf_path and pretrained_checkpoint both give the starting weights: give one of them",
+    )
     _require(bool(config.data.data_path), "data_path is empty; give one or more JSON or JSONL files")
     _require(config.data.tokenizer_model is not None, "tokenizer_model is missing; give a directory or a .model file")
 

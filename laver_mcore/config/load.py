@@ -16,6 +16,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from laver_mcore.config.checks import ConfigError, check
+from laver_mcore.config.hugging_face import read_shape
 from laver_mcore.config.presets import fill_from_preset
 from laver_mcore.config.schema import Config
 
@@ -71,8 +72,9 @@ def from_recipe(path: str | Path) -> Config:
 
 def resolve(config: Config) -> Config:
     """Fill in the preset's shape and run every cross-field check."""
+    shape = None if config.run.hf_path is None else read_shape(config.run.hf_path)
     try:
-        config = replace(config, model=fill_from_preset(config.model))
+        config = replace(config, model=fill_from_preset(config.model, shape))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     check(config)

@@ -62,12 +62,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def fill_from_preset(config: ModelConfig) -> ModelConfig:
-    """Give every shape field that is still None its preset's value; `ValueError` for an unknown preset."""
+def fill_from_preset(config: ModelConfig, shape: dict[str, Any] | None = None) -> ModelConfig:
+    """Give every shape field that is still None its preset's value; `ValueError` for an unknown preset.
+
+    `shape` (of a Hugging Face directory, say) takes the place of the preset.
+    """
     if config.model not in PRESETS:
         near = difflib.get_close_matches(config.model, PRESETS, 1, 0.0)
         raise ValueError(f"model={config.model!r} is no preset; did you mean {near[0]!r}? ({', '.join(PRESETS)})")
-    preset = PRESETS[config.model]
+    preset = PRESETS[config.model] if shape is None else shape
     missing = {f.name: preset[f.name] for f in fields(config) if f.name in preset and getattr(config, f.name) is None}
     config = replace(config, **missing)
     if config.kv_channels is None:

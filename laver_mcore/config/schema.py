@@ -209,6 +209,10 @@ class RunConfig:
     """Folder of a run to resume exactly where its last checkpoint stands."""
     pretrained_checkpoint: str | None = None
     """Folder of a run whose weights to start from, at iteration 0 with a fresh optimizer (the stage before)."""
+    hf_path: str | None = None
+    """Hugging Face directory of a Qwen2.5 text model: the decoder's shape and starting weights."""
+    allow_pickle: bool = False
+    """Accept pickled weights in hf_path where it has no safetensors."""
     save_interval: int | None = None
     """Iterations between checkpoints; one is always written at the end."""
     exit_interval: int | None = None

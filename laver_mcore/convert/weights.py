@@ -4,17 +4,13 @@ from collections.abc import Mapping
 
 import torch
 
-from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.schema import ModelConfig
+from laver_mcore.convert.errors import ConversionError
 from laver_mcore.convert.names import Entry, canonical, entries, fuse, pad_vocabulary, their_shapes
 from laver_mcore.model.laver import LaverModel
 from laver_mcore.model.parameters import NamedParameter, named_parameters
 from laver_mcore.model.sharding import shard
 from laver_mcore.parallel import Topology
-
-
-class ConversionError(ConfigError):
-    """Weights that cannot be converted; the message is one line."""
 
 
 def gather_theirs(

@@ -1,0 +1,52 @@
+"""Write a run's newest checkpoint as a Hugging Face directory: `mcore_to_hf.py --load DIR --save DIR`.
+
+A run with a visual path becomes a whole image-text model (remote code, processor, chat template); one
+without, a Qwen2 text model; `--decoder-only` takes the text model out of either. Runs on CPU in one process,
+a block of a tensor at a time.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status: 0, or 2 for input that cannot be converted."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--load", required=True, help="folder of a run, or of a converted checkpoint")
+    parser.add_argument("--save", required=True, help="folder to create")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="cast to this; default: as stored")
+    parser.add_argument("--teacher", action="store_true", help="the EMA weights instead of the student's")
+    parser.add_argument("--decoder-only", action="store_true", help="the text model alone")
+    parser.add_argument(
+        "--tokenizer", help="directory of the tokenizer to put beside; default: the run's own"
+    )
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    from laver_mcore.config.checks import ConfigError
+    from laver_mcore.convert.decoder import DTYPES
+    from laver_mcore.convert.export import export_run
+
+    try:
+        export_run(
+            args.load,
+            args.save,
+            dtype=DTYPES[args.dtype] if args.dtype else None,
+            teacher=args.teacher,
+            decoder_only=args.decoder_only,
+            tokenizer=args.tokenizer,
+        )
+    except ConfigError as error:
+        print(f"mcore_to_hf.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.save}: written from {args.load}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
