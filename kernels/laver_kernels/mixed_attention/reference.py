@@ -56,12 +56,10 @@ def mixed_attention(
     plan = plan_of(intervals)
     if plan.gather is not None:
         q, k, v = (x.index_select(0, plan.gather) for x in (q, k, v))
-    outputs = []
-    start = 0
-    for group in plan.groups:
-        end = start + group.num_blocks * group.length
-        outputs.append(_attend(q[start:end], k[start:end], v[start:end], group, softmax_scale))
-        start = end
+    # One split each: its backward is one concatenation, where slices would each fill a whole tensor with zeros.
+    sizes = [group.num_blocks * group.length for group in plan.groups]
+    parts = zip(*(x.split(sizes) for x in (q, k, v)), plan.groups, strict=True)
+    outputs = [_attend(*qkv, group, softmax_scale) for *qkv, group in parts]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if plan.scatter is not None:
         out = out.index_select(0, plan.scatter)
