@@ -50,16 +50,13 @@ def mixed_attention(
         q_THD, k_TGD = rotate(q_THD, *rope), rotate(k_TGD, *rope)
     wide = torch.promote_types(q_THD.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (q_THD, k_TGD, v_TGD))
-    num_heads, num_groups = q.shape[1], k.shape[1]
-    if num_groups != num_heads:
-        k, v = (x.repeat_interleave(num_heads // num_groups, dim=1) for x in (k, v))
     plan = plan_of(intervals)
     if plan.gather is not None:
         q, k, v = (x.index_select(0, plan.gather) for x in (q, k, v))
-    # One split each: its backward is one concatenation, where slices would each fill a whole tensor with zeros.
+    # One split each: its backward is one concatenation, where slices would each fill a tensor with zeros.
     sizes = [group.num_blocks * group.length for group in plan.groups]
-    parts = zip(*(x.split(sizes) for x in (q, k, v)), plan.groups, strict=True)
-    outputs = [_attend(*qkv, group, softmax_scale) for *qkv, group in parts]
+    parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), plan.groups, strict=True)
+    outputs = [_attend(*part, softmax_scale) for part in parts]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if plan.scatter is not None:
         out = out.index_select(0, plan.scatter)
@@ -68,6 +65,9 @@ def mixed_attention(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, group: Group, softmax_scale: float) -> Tensor:
     """Dense attention within the blocks of one group, `[B * L, H, D]` in and out."""
+    heads_per_group = q.shape[1] // k.shape[1]
+    if heads_per_group > 1:
+        k, v = (x.repeat_interleave(heads_per_group, dim=1) for x in (k, v))
     q_BHLD, k_BHLD, v_BHLD = (
         x.view(group.num_blocks, group.length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
     )
