@@ -108,9 +108,9 @@ def one_image_documents(num_tokens: int) -> tuple[Document, ...]:
 
 
 def many_image_documents(
-    num_tokens: int, document_tokens: int = 8192, images: int = 5
+    num_tokens: int, document_tokens: int = 4096, images: int = 5
 ) -> tuple[Document, ...]:
-    """Documents with five 729-token images each, text shared out between them (28 % of the square seen)."""
+    """Documents of 4096 tokens with five 729-token images each: at T = 8192, 28 % of the square."""
     document_tokens = min(document_tokens, num_tokens)
     gap = (document_tokens - images * 729) // (images + 1)
     segments: list[Segment] = []
