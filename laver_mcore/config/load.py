@@ -72,7 +72,13 @@ def from_recipe(path: str | Path) -> Config:
 
 def resolve(config: Config) -> Config:
     """Fill in the preset's shape and run every cross-field check."""
-    shape = None if config.run.hf_path is None else read_shape(config.run.hf_path)
+    shape = None
+    if config.run.hf_path is not None:
+        shape = read_shape(config.run.hf_path)
+        for name, theirs in shape.items():
+            ours = getattr(config.model, name)
+            if ours is not None and ours != theirs:
+                raise ConfigError(f"{name}={ours}, but {config.run.hf_path} has {theirs}; leave {name} out")
     try:
         config = replace(config, model=fill_from_preset(config.model, shape))
     except ValueError as error:
