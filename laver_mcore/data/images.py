@@ -1,7 +1,6 @@
-"""Image files -> what the vision tower reads, with pixels equal to the Hugging Face processor's.
+"""Decoded images -> what the vision tower reads, with pixels equal to the Hugging Face processor's.
 
-EXIF orientation is left alone, as the processors do. Shapes: I = images, C = channels, H, W = pixels,
-h, w = tokens, p = patch size.
+Shapes: I = images, C = channels, H, W = pixels, h, w = tokens, p = patch size.
 """
 
 import json
@@ -15,10 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from laver_mcore.data.decode import to_rgb
 from laver_mcore.data.errors import DataError
-
-# What Pillow raises on damaged files, depending on the format and on where the damage is.
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError)
+from laver_mcore.data.pixel_settings import PixelSettings, fixed_settings
 
 # Names in published preprocessor_config.json files -> the class that implements them on Pillow.
 _PROCESSORS = {
@@ -32,56 +30,21 @@ _PROCESSORS = {
 class ImageProcessor(Protocol):
     """From decoded images to the tower's input."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Visual tokens of one image."""
-
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """(rows, columns) of tokens for an image of `width` x `height` pixels."""
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """The tower's float32 input; with no image, a tensor of the right shape and length 0."""
 
+    @property
+    def settings(self) -> PixelSettings:
+        """What a backend needs to resize and crop by itself."""
+
+    def finish(self, resized: Sequence[Tensor]) -> Tensor:
+        """What `__call__` returns, from images that are resized and cropped already: uint8 [3, H, W] each."""
+
     def fingerprint(self) -> str:
         """Text naming everything that changes the pixels."""
-
-
-def open_image(path: Path) -> Image.Image:
-    """Decode an image file to RGB, EXIF orientation untouched, transparency on white.
-
-    Raises DataError naming the file if it is damaged.
-    """
-    try:
-        with Image.open(path) as image:
-            return _to_rgb(image)
-    except _DECODE_ERRORS as error:
-        raise DataError(
-            f"{path}: cannot be decoded ({_reason(error)}); replace the file or drop its record"
-        ) from None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    # On white, as transformers' processors do since 5.2x; before, they dropped the alpha channel, which shows
-    # whatever colour an editor left behind it (black lines on black, in many published diagrams).
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels from the header alone; DataError naming the file if it is no image."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except _DECODE_ERRORS as error:
-        raise DataError(
-            f"{path}: not an image ({_reason(error)}); replace the file or drop its record"
-        ) from None
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).split("\n")[0]
 
 
 class FixedImageProcessor:
@@ -93,7 +56,7 @@ class FixedImageProcessor:
     """
 
     def __init__(self, source: str | Path | dict[str, Any], *, patch_size: int) -> None:
-        config, where = _preprocessor_config(source)
+        config, where = preprocessor_config(source)
         name = config.get("image_processor_type", config.get("feature_extractor_type", ""))
         known = _PROCESSORS.get(str(name).removesuffix("Fast").removesuffix("Pil"))
         if known is None:
@@ -101,14 +64,10 @@ class FixedImageProcessor:
                 f"{where}: image processor {name!r} is not supported; use one of {', '.join(_PROCESSORS)}"
             )
         # do_convert_rgb is null in some published files; images arrive here in RGB anyway.
-        self._processor = _pillow_class(known).from_dict({**config, "do_convert_rgb": True})
+        self._processor = pillow_class(known).from_dict({**config, "do_convert_rgb": True})
         self._config = json.dumps({**config, "patch_size": patch_size}, sort_keys=True, default=str)
-        size = self._processor.crop_size if self._processor.do_center_crop else self._processor.size
-        if "height" not in size or "width" not in size:
-            raise DataError(
-                f"{where}: images of size {dict(size)} have no fixed shape; give height and width"
-            )
-        self.height, self.width = int(size["height"]), int(size["width"])
+        self.settings = fixed_settings(self._processor, where)
+        self.height, self.width = self.settings.crop or (self.settings.height, self.settings.width)
         self.patch_size = patch_size
         if self.height < patch_size or self.width < patch_size:
             raise DataError(f"{where}: {self.height} x {self.width} pixels hold no patch of {patch_size}")
@@ -126,11 +85,24 @@ class FixedImageProcessor:
             return torch.empty(0, 3, self.height, self.width)
         return self._processor(list(images), return_tensors="pt")["pixel_values"]
 
+    def finish(self, resized: Sequence[Tensor]) -> Tensor:
+        if not resized:
+            return torch.empty(0, 3, self.height, self.width)
+        return normalise(torch.stack(list(resized)), self.settings)
+
     def fingerprint(self) -> str:
         return f"FixedImageProcessor({self._config})"
 
 
-def _preprocessor_config(source: str | Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
+def normalise(pixels: Tensor, settings: PixelSettings) -> Tensor:
+    """uint8 [..., 3, H, W] -> float32, rescaled, less the mean, over the standard deviation."""
+    mean = torch.tensor(settings.mean, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(settings.std, device=pixels.device).view(3, 1, 1)
+    return pixels.float().mul_(settings.scale).sub_(mean).div_(std)
+
+
+def preprocessor_config(source: str | Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The content of a preprocessor_config.json, and what to call it in an error."""
     if isinstance(source, dict):
         return source, "image processor config"
     path = Path(source)
@@ -146,7 +118,7 @@ def _preprocessor_config(source: str | Path | dict[str, Any]) -> tuple[dict[str,
     return config, str(path)
 
 
-def _pillow_class(name: str) -> Any:
+def pillow_class(name: str) -> Any:
     """transformers' Pillow implementation: a class of its own where torchvision's is the default one."""
     import transformers
 
@@ -188,38 +160,39 @@ class PatchImageProcessor:
         return side, side
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        side, p, c = self.image_size // self.patch_size, self.patch_size, self.num_channels
+        c = self.num_channels
         pixels_IHWC = np.empty((len(images), self.image_size, self.image_size, c), dtype=np.uint8)
         for out, image in zip(pixels_IHWC, images, strict=True):
-            image = _to_rgb(image) if c == 3 else _to_rgb(image).convert("L")
+            image = to_rgb(image) if c == 3 else to_rgb(image).convert("L")
             if image.size != (self.image_size, self.image_size):
                 image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
             out[:] = np.asarray(image).reshape(out.shape)
-        patches = pixels_IHWC.reshape(len(images), side, p, side, p, c).transpose(0, 1, 3, 5, 2, 4)
-        flat = np.ascontiguousarray(patches).reshape(len(images) * side * side, self.patch_dim)
-        return torch.from_numpy(flat).float().div_(127.5).sub_(1.0)
+        return self._patches(torch.from_numpy(pixels_IHWC).permute(0, 3, 1, 2))
+
+    @property
+    def settings(self) -> PixelSettings:
+        if self.num_channels != 3:
+            raise DataError("greyscale patches are made by image_backend='pillow' alone; set it")
+        return PixelSettings(
+            resize="square",
+            height=self.image_size,
+            width=self.image_size,
+            crop=None,
+            resample="bicubic",
+            scale=1 / 255,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+        )
+
+    def finish(self, resized: Sequence[Tensor]) -> Tensor:
+        if not resized:
+            return torch.empty(0, self.patch_dim)
+        return self._patches(torch.stack(list(resized)))
+
+    def _patches(self, pixels_ICHW: Tensor) -> Tensor:
+        side, p, c = self.image_size // self.patch_size, self.patch_size, self.num_channels
+        patches = pixels_ICHW.reshape(-1, c, side, p, side, p).permute(0, 2, 4, 1, 3, 5)
+        return patches.reshape(-1, self.patch_dim).float().div_(127.5).sub_(1.0)
 
     def fingerprint(self) -> str:
         return repr(self)
-
-
-class DecodedImages:
-    """Opens images and keeps the first that fit into `max_bytes`: a small set is decoded once, not per epoch.
-
-    Nothing is evicted: an epoch visits every image once, and then the least recently used is needed next.
-    """
-
-    def __init__(self, *, max_bytes: int) -> None:
-        self._free_bytes = max_bytes
-        self._images: dict[Path, Image.Image] = {}
-
-    def open(self, path: Path) -> Image.Image:
-        """The decoded RGB image; not to be changed in place."""
-        if path in self._images:
-            return self._images[path]
-        image = open_image(path)
-        num_bytes = 3 * image.width * image.height
-        if num_bytes <= self._free_bytes:
-            self._free_bytes -= num_bytes
-            self._images[path] = image
-        return image

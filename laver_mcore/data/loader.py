@@ -1,53 +1,53 @@
-"""The dialogue data of a training run, in an order that is a pure function of (seed, step).
+"""The dialogue data of a training run, step by step, in an order that is a pure function of (seed, step).
 
-Epochs follow each other without end; an epoch is a permutation of all samples, packed
-into rows of at most seq_length tokens, which are permuted again (packing sorts by length, and steps must
-not). A step takes global_batch_size consecutive rows whatever the layout, so `start_step` is all the state
-that a resume needs, even one with other data-parallel or micro-batch sizes.
+    sources.py -> index.py -> dialogues.py -> order.py -> assemble.py -> image_backend.py -> batch.py
+    records       measured    numbered        rows        tokens         pixels              Batch
+
+A step takes global_batch_size consecutive rows whatever the layout, so `start_step` is all the state that a
+resume needs, even one with other data-parallel or micro-batch sizes, or another number of workers.
 """
 
-import bisect
 import hashlib
-import itertools
-import logging
-import threading
+import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
-from torch import Tensor
-from tqdm import tqdm
-
-from laver_mcore.data.batch import Batch, collate
+from laver_mcore.data.assemble import Assembled, image_shares
+from laver_mcore.data.batch import Batch
+from laver_mcore.data.dialogues import Dialogues
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.images import DecodedImages, ImageProcessor, image_size
-from laver_mcore.data.packing import pack
-from laver_mcore.data.prompt import DEFAULT_SYSTEM_PROMPT, EncodedSample, encode_sample
-from laver_mcore.data.randomness import permutation
-from laver_mcore.data.records import Sample, load_records
+from laver_mcore.data.finevision import RatingFilter
+from laver_mcore.data.image_backend import make_backend
+from laver_mcore.data.images import ImageProcessor
+from laver_mcore.data.index import FOLDER, get_index
+from laver_mcore.data.order import RowOrder
+from laver_mcore.data.prompt import DEFAULT_SYSTEM_PROMPT
+from laver_mcore.data.quarantine import Quarantine
+from laver_mcore.data.sources import open_source
+from laver_mcore.data.steps import StepLayout, StepMaker
 from laver_mcore.data.tokenizer import Tokenizer
+from laver_mcore.data.workers import WorkerPool, WorkerTask
 
-logger = logging.getLogger(__name__)
+__all__ = ["Agreement", "DialogueData", "image_shares"]
 
-_KEPT_TOKENS = 50_000_000  # encoded samples stay in memory up to this many tokens (8 bytes each)
-_KEPT_EPOCHS = 2  # a step may straddle two
+Agreement = Callable[[frozenset[int]], tuple[frozenset[int], bool]]
+"""Samples silenced here -> those silenced on any rank with the same batches, and whether all agreed."""
 
-
-def image_shares(num_images: int, num_shares: int) -> list[tuple[int, int]]:
-    """Cut `range(num_images)` into contiguous shares (start, stop) whose sizes differ by one at most."""
-    bounds = [num_images * i // num_shares for i in range(num_shares + 1)]
-    return list(itertools.pairwise(bounds))
+_Step = tuple[list[Batch], frozenset[int]]
 
 
 class DialogueData:
-    """Conversations from JSON / JSONL files, tokenised, packed and served step by step.
+    """Conversations from JSON, parquet or prepared shards, packed and served step by step.
 
-    Everything is read, tokenised and measured at construction (image headers too, pixels not), so bad data
-    raises DataError before training starts. `overlong` says what to do with a sample of more than
-    `seq_length` tokens: "error", or "drop" (logged, and counted in `num_dropped`).
+    Every sample is measured at construction, or was before (`index.py`). Samples that cannot be used are
+    listed in `quarantine` and left out, as long as they are no more than `max_bad_fraction` of a set; an
+    image that fails later silences its sample. `overlong` says what to do with a sample of more than
+    `seq_length` tokens: "error", or "drop" (logged, and counted in `num_dropped`). `weights`, one a source,
+    mix several sets (`order.py`). `num_workers` processes read ahead; 0 reads in a thread. `image_backend` is
+    one of `image_backend.BACKENDS`.
     """
 
     def __init__(
@@ -61,191 +61,181 @@ class DialogueData:
         seed: int,
         system_prompt: str = DEFAULT_SYSTEM_PROMPT,
         overlong: Literal["error", "drop"] = "error",
+        weights: Sequence[float] | None = None,
+        ratings: RatingFilter | None = None,
         packing_window: int = 1024,
+        image_backend: str = "pillow",
         image_cache_mib: int = 256,
+        num_workers: int = 0,
+        decode_threads: int = 2,
+        max_bad_fraction: float = 0.1,
+        quarantine: Path | None = None,
+        index_folder: Path | None = None,
     ) -> None:
-        if overlong not in ("error", "drop"):
-            raise DataError(f"overlong={overlong!r}; use 'error' or 'drop'")
-        self._sources = [Path(s) for s in ([source] if isinstance(source, str | Path) else source)]
-        self._tokenizer = tokenizer
-        self._image_processor = image_processor
-        self._seq_length = seq_length
-        self._seed = seed
-        self._system_prompt = system_prompt
-        self._overlong = overlong
-        self._window = packing_window
-        self._images = DecodedImages(max_bytes=image_cache_mib * 2**20)
-        self.num_dropped = 0
-        self._read(load_records(self._sources, image_folder))
-        self._lock = threading.Lock()  # the prefetch thread and the caller share what follows
-        self._epochs: dict[int, list[list[int]]] = {}
-        self._first_row = [0]  # first row of epoch 0, 1, ... as far as known
-
-    def _read(self, samples: list[Sample]) -> None:
-        self.samples: list[Sample] = []
-        self._grids: list[tuple[tuple[int, int], ...]] = []
-        self._kept: list[EncodedSample | None] = []
-        lengths: list[int] = []
-        num_tokens = 0
-        for sample in tqdm(samples, desc="tokenising", unit=" samples", delay=2.0, disable=None):
-            grids = self._sample_grids(sample)
-            encoded = self._encode(sample, grids)
-            if len(encoded) > self._seq_length:
-                if self._overlong == "error":
-                    raise DataError(
-                        f"sample {sample.key!r} has {len(encoded)} tokens, more than "
-                        f"seq_length={self._seq_length}; raise seq_length to {len(encoded)} or set "
-                        "overlong to 'drop'"
-                    )
-                self.num_dropped += 1
-                continue
-            num_tokens += len(encoded)
-            self.samples.append(sample)
-            self._grids.append(grids)
-            self._kept.append(encoded if num_tokens <= _KEPT_TOKENS else None)
-            lengths.append(len(encoded))
-        if self.num_dropped:
-            logger.warning(
-                "dropped %d of %d samples longer than seq_length=%d",
-                self.num_dropped,
-                len(samples),
-                self._seq_length,
+        paths = [Path(s) for s in ([source] if isinstance(source, str | Path) else source)]
+        if not paths:
+            raise DataError("the list of data files: holds no records")
+        self._image_processor, self._num_workers = image_processor, num_workers
+        quarantined = Quarantine(quarantine, max_bad_fraction)
+        self._sources = [open_source(path, image_folder, ratings) for path in paths]
+        indexes = []
+        for path, opened in zip(paths, self._sources, strict=True):
+            folder = index_folder or (path if path.is_dir() else path.parent) / FOLDER
+            index = get_index(opened, tokenizer, system_prompt, num_workers=num_workers, folder=folder)
+            quarantined.add_unusable(index.bad, len(index) + len(index.bad))
+            indexes.append(index)
+        self.samples = Dialogues(
+            indexes,
+            tokenizer=tokenizer,
+            image_processor=image_processor,
+            system_prompt=system_prompt,
+            seq_length=seq_length,
+            overlong=overlong,
+        )
+        self.lengths, self.num_dropped = self.samples.lengths, self.samples.num_dropped
+        self._order = RowOrder(
+            self.lengths,
+            seq_length=seq_length,
+            seed=seed,
+            window=packing_window,
+            set_starts=self.samples.set_starts,
+            weights=weights,
+        )
+        maker = None
+        if image_processor is not None:
+            maker = make_backend(
+                image_backend, image_processor, num_threads=decode_threads, image_cache_mib=image_cache_mib
             )
-        if not lengths:
-            raise DataError(f"every sample is longer than seq_length={self._seq_length}; raise it")
-        self.lengths = np.array(lengths, dtype=np.int64)
+        self._task = WorkerTask(
+            dialogues=self.samples, image_processor=image_processor, decode=image_backend == "pillow"
+        )
+        self._steps = StepMaker(
+            self.samples,
+            self._order,
+            maker,
+            quarantined,
+            seq_length=seq_length,
+            pad_id=tokenizer.special.pad,
+        )
+        self._waits: list[float] = []
+        settings = (seed, seq_length, system_prompt, overlong, packing_window, tuple(weights or ()))
+        self._fingerprint = repr((settings, image_backend, len(self.samples), tokenizer.fingerprint()))
 
     def rows_per_epoch(self, epoch: int) -> int:
         """Packed rows in an epoch; it varies a little, because every epoch is packed anew."""
-        with self._lock:
-            return len(self._epoch_rows(epoch))
+        return self._order.rows_per_epoch(epoch)
 
     def row(self, index: int) -> list[int]:
         """The samples (indices into `samples`) of one row of the endless concatenation of epochs."""
-        with self._lock:
-            while index >= self._first_row[-1]:
-                epoch = len(self._first_row) - 1
-                self._first_row.append(self._first_row[-1] + len(self._epoch_rows(epoch)))
-            epoch = bisect.bisect_right(self._first_row, index) - 1
-            return self._epoch_rows(epoch)[index - self._first_row[epoch]]
+        return self._order.row(index)
 
-    def step_batches(
-        self,
-        step: int,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-        image_share: tuple[int, int] | None = None,
-    ) -> list[Batch]:
+    def step_batches(self, step: int, **layout: Any) -> list[Batch]:
         """The micro-batches of one data-parallel rank at `step`, counted from 0.
 
-        Step k takes rows [k * G, (k + 1) * G), G = `global_batch_size` packed rows; micro-batch m of rank d
-        takes the `micro_batch_size` rows from k * G + (m * dp_size + d) * micro_batch_size. `image_share` =
-        (i, n) decodes the i-th of n shares of each micro-batch's images (`image_shares`); None decodes none.
+        `layout` are the fields of `StepLayout`. Step k takes rows [k * G, (k + 1) * G), G =
+        `global_batch_size` packed rows; micro-batch m of rank d takes the `micro_batch_size` rows from k * G
+        + (m * dp_size + d) * micro_batch_size. `image_share` = (i, n) decodes the i-th of n shares of each
+        micro-batch's images (`image_shares`); None decodes none.
         """
-        rows_per_micro_batch = micro_batch_size * dp_size
-        if global_batch_size % rows_per_micro_batch:
-            raise DataError(
-                f"global_batch_size={global_batch_size} is not divisible by micro_batch_size * data-parallel "
-                f"size = {micro_batch_size} * {dp_size}; use a multiple of {rows_per_micro_batch}"
-            )
-        first = step * global_batch_size + dp_rank * micro_batch_size
-        starts = range(first, (step + 1) * global_batch_size, rows_per_micro_batch)
-        return [self._micro_batch(start, micro_batch_size, image_share) for start in starts]
+        wanted = StepLayout(**layout)
+        return self._steps.make(self._steps.plans(step, wanted), wanted)[0]
 
     def iterate(
         self,
         start_step: int,
         end_step: int,
         *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-        image_share: tuple[int, int] | None = None,
         prefetch_steps: int = 2,
+        agree: Agreement | None = None,
+        **layout: Any,
     ) -> Generator[list[Batch], None, None]:
         """Yield `step_batches` for steps [start_step, end_step), prepared `prefetch_steps` ahead in a thread.
 
-        An error in the thread is raised at the step that it belongs to. Closing the generator, or leaving
-        the loop over it, ends the thread.
+        An error in the thread is raised at the step that it belongs to. Closing the generator, or leaving the
+        loop over it, ends the thread and the worker processes. `agree` is asked in the caller's thread, once
+        a step or more, on every rank alike; with it, ranks that hold the same batches silence the same
+        samples.
         """
-        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="laver-data")
-        pending: deque[Future[list[Batch]]] = deque()
-        steps = iter(range(start_step, end_step))
-
-        def submit(num_steps: int) -> None:
-            for step in itertools.islice(steps, num_steps):
-                pending.append(
-                    pool.submit(
-                        self.step_batches,
-                        step,
-                        global_batch_size=global_batch_size,
-                        micro_batch_size=micro_batch_size,
-                        dp_rank=dp_rank,
-                        dp_size=dp_size,
-                        image_share=image_share,
-                    )
-                )
-
+        ahead = _Ahead(self, StepLayout(**layout), end_step, prefetch_steps)
         try:
-            submit(prefetch_steps + 1)
-            while pending:
-                batches = pending.popleft().result()
+            for step in range(start_step, end_step):
+                started = time.perf_counter()
+                batches, silenced = ahead.get(step)
+                while agree is not None:
+                    silenced, settled = agree(silenced)
+                    if settled:
+                        break
+                    batches, silenced = ahead.again(step, silenced)
+                self._waits.append(time.perf_counter() - started)
                 yield batches
-                submit(1)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            ahead.close()
+
+    def take_wait_ms(self) -> float:
+        """Mean milliseconds that a step's batches were waited for since this was asked last.
+
+        0 without a step.
+        """
+        waits, self._waits = self._waits, []
+        return 1000.0 * sum(waits) / max(len(waits), 1)
 
     def fingerprint(self) -> str:
-        """Hex digest of what decides the batches: records, seed, lengths, tokenizer, image processor.
+        """Hex digest of what decides the batches: records, seed, lengths, tokenizer, pixels.
 
         The image files' own bytes are not read for it.
         """
-        digest = hashlib.blake2b(digest_size=16)
-        for path in self._sources:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
-        processor = self._image_processor.fingerprint() if self._image_processor else None
-        settings = (self._seed, self._seq_length, self._system_prompt, self._overlong, self._window)
-        digest.update(repr((settings, len(self.samples), self._tokenizer.fingerprint(), processor)).encode())
+        digest = hashlib.blake2b(self._fingerprint.encode(), digest_size=16)
+        for source in self._sources:
+            digest.update(source.fingerprint().encode())
+        digest.update(repr(self._image_processor and self._image_processor.fingerprint()).encode())
         return digest.hexdigest()
 
-    def _epoch_rows(self, epoch: int) -> list[list[int]]:
-        if epoch not in self._epochs:
-            order = permutation(len(self.samples), "epoch", self._seed, epoch)
-            bins = pack(self.lengths[order], self._seq_length, window=self._window)
-            shuffled = permutation(len(bins), "rows", self._seed, epoch)
-            while len(self._epochs) >= _KEPT_EPOCHS:
-                del self._epochs[next(iter(self._epochs))]
-            self._epochs[epoch] = [order[bins[index]].tolist() for index in shuffled]
-        return self._epochs[epoch]
+    def prepare(self, step: int, layout: StepLayout, pool: WorkerPool | None, submitted: Any) -> _Step:
+        """The batches of a step and the samples silenced in it.
 
-    def _micro_batch(self, first_row: int, num_rows: int, image_share: tuple[int, int] | None) -> Batch:
-        members = [index for row in range(first_row, first_row + num_rows) for index in self.row(row)]
-        return collate(
-            [self._kept[i] or self._encode(self.samples[i], self._grids[i]) for i in members],
-            [self.samples[i].key for i in members],
-            total_length=num_rows * self._seq_length,
-            pad_id=self._tokenizer.special.pad,
-            pixels=self._pixels([path for i in members for path in self.samples[i].images], image_share),
-        )
+        `submitted` are the workers' answers, if any.
+        """
+        return self._steps.make(self._steps.plans(step, layout), layout, pool=pool, submitted=submitted)
 
-    def _pixels(self, paths: list[Path], image_share: tuple[int, int] | None) -> Tensor | None:
-        if image_share is None or self._image_processor is None:
-            return None
-        index, num_shares = image_share
-        start, stop = image_shares(len(paths), num_shares)[index]
-        return self._image_processor([self._images.open(path) for path in paths[start:stop]])
 
-    def _encode(self, sample: Sample, grids: tuple[tuple[int, int], ...]) -> EncodedSample:
-        return encode_sample(sample.turns, grids, self._tokenizer, system_prompt=self._system_prompt)
+class _Ahead:
+    """Prepares steps ahead of the one that is asked for: one thread, and behind it the worker processes."""
 
-    def _sample_grids(self, sample: Sample) -> tuple[tuple[int, int], ...]:
-        if not sample.images:
-            return ()
-        if self._image_processor is None:
-            raise DataError(f"sample {sample.key!r} has images but there is no image processor; give one")
-        return tuple(self._image_processor.grid(*image_size(path)) for path in sample.images)
+    def __init__(self, data: DialogueData, layout: StepLayout, end_step: int, num_steps: int) -> None:
+        self._data, self._layout, self._end, self._num_steps = data, layout, end_step, num_steps
+        layout.first_rows(0)  # refuses sizes that do not divide, before any process starts
+        workers = data._num_workers
+        self._pool = WorkerPool(data._task, workers) if workers else None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="laver-data")
+        self._pending: deque[Future[_Step]] = deque()
+        self._next: int | None = None
+        self._submitted: dict[int, list[Future[Assembled]]] = {}
+
+    def get(self, step: int) -> _Step:
+        """The batches of `step`; steps are asked for in order."""
+        first = step if self._next is None else self._next
+        for number in range(first, min(step + self._num_steps + 1, self._end)):
+            self._pending.append(self._thread.submit(self._prepare, number))
+            self._next = number + 1
+        return self._pending.popleft().result()
+
+    def again(self, step: int, silenced: frozenset[int]) -> _Step:
+        """The batches of `step` with these samples silenced from the start."""
+        return self._thread.submit(self._remake, step, silenced).result()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _prepare(self, step: int) -> _Step:
+        if self._pool is not None:
+            for number in range(step, min(step + self._num_steps + 1, self._end)):
+                if number not in self._submitted:
+                    plans = self._data._steps.plans(number, self._layout)
+                    self._submitted[number] = [self._pool.submit(plan) for plan in plans]
+        return self._data.prepare(step, self._layout, self._pool, self._submitted.pop(step, None))
+
+    def _remake(self, step: int, silenced: frozenset[int]) -> _Step:
+        maker = self._data._steps
+        return maker.make(maker.plans(step, self._layout, silenced), self._layout, pool=self._pool)

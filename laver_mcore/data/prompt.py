@@ -150,8 +150,8 @@ class _Writer:
             self._learned.append((start, len(self._ids)))
         elif turn.role == "user":
             # No merge across the header, text and images: special tokens are boundaries to the tokenizer.
-            first, *rest = f"user\n{turn.text}".split(IMAGE_PLACEHOLDER)
-            self.text(first)
+            first, *rest = turn.split()
+            self.text(f"user\n{first}")
             for text in rest:
                 self._image()
                 self.text(text)

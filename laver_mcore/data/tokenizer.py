@@ -78,6 +78,7 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path) -> None:
         from transformers import AutoTokenizer
 
+        self._path = path
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 str(path), local_files_only=True, trust_remote_code=False
@@ -98,6 +99,9 @@ class HuggingFaceTokenizer:
     @property
     def vocab_size(self) -> int:
         return self._vocab_size
+
+    def __reduce__(self) -> tuple[Any, ...]:  # neither the lock nor the library's state can be sent along
+        return HuggingFaceTokenizer, (self._path,)
 
     def encode(self, text: str) -> list[int]:
         with self._lock:
@@ -125,6 +129,7 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path) -> None:
         import sentencepiece
 
+        self._path = path
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
@@ -142,6 +147,9 @@ class SentencePieceTokenizer:
     @property
     def vocab_size(self) -> int:
         return self._model.vocab_size()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentencePieceTokenizer, (self._path,)
 
     def encode(self, text: str) -> list[int]:
         # SentencePiece always recognises its user-defined symbols, so they are cut in two behind the first

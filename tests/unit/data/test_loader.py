@@ -182,14 +182,6 @@ def test_text_without_any_image(processor, expected, text_only, hugging_face):
     assert batch.pixels is None if expected is None else batch.pixels.shape == expected
 
 
-def test_encoding_again_gives_the_same_batches(data, dataset, hugging_face, monkeypatch):
-    monkeypatch.setattr("laver_mcore.data.loader._KEPT_TOKENS", 500)
-    forgetful = build(dataset, hugging_face)
-    assert any(kept is None for kept in forgetful._kept)
-    for expected, got in zip(data.step_batches(2, **SIZES), forgetful.step_batches(2, **SIZES), strict=True):
-        assert equal(expected, got)
-
-
 def test_overlong_samples(dataset, hugging_face):
     with pytest.raises(
         DataError,
@@ -248,14 +240,14 @@ def test_closing_the_iterator_ends_its_thread(data):
 
 
 def test_an_error_is_raised_at_its_step_and_ends_the_thread(data, monkeypatch):
-    original = data.step_batches
+    original = data.prepare
 
-    def failing(step, **settings):
+    def failing(step, *rest):
         if step == 2:
             raise DataError("a.jpg: cannot be decoded")
-        return original(step, **settings)
+        return original(step, *rest)
 
-    monkeypatch.setattr(data, "step_batches", failing)
+    monkeypatch.setattr(data, "prepare", failing)
     steps = data.iterate(0, 5, **SIZES)
     assert len(next(steps)) == len(next(steps)) == 4
     with pytest.raises(DataError, match=r"a\.jpg: cannot be decoded"):
@@ -265,7 +257,7 @@ def test_an_error_is_raised_at_its_step_and_ends_the_thread(data, monkeypatch):
 
 def test_prefetching_stays_two_steps_ahead(data, monkeypatch):
     prepared = []
-    monkeypatch.setattr(data, "step_batches", lambda step, **settings: prepared.append(step) or [])
+    monkeypatch.setattr(data, "prepare", lambda step, *rest: prepared.append(step) or ([], frozenset()))
     steps = data.iterate(0, 100, **SIZES)
     next(steps)
     deadline = time.monotonic() + 5

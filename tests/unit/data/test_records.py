@@ -112,7 +112,11 @@ def change(**changes):
 
 
 REFUSED = {
-    "broken json": ("data.json", '[\n{"id": 1},\n{"id": }]', r"data\.json:3: broken JSON at column 8"),
+    "broken json": (
+        "data.json",
+        f'[\n{json.dumps(TEXT_ONLY)},\n{{"id": }}]',
+        r"data\.json:3: broken JSON at column 8",
+    ),
     "broken jsonl": (
         "data.jsonl",
         json.dumps(TEXT_ONLY) + '\n\n{"id": 1',

@@ -1,0 +1,73 @@
+"""Native resolution as Qwen2-VL reads it: images keep their shape, patches are merged 2 x 2.
+
+Shapes: P = patches of all images, C = channels, t = temporal_patch_size (frames; a picture is repeated), p =
+patch size, m = merge_size; an image of H x W pixels has H W / p^2 patches and H W / (p m)^2 visual tokens.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from laver_mcore.data.errors import DataError
+from laver_mcore.data.images import normalise, pillow_class, preprocessor_config
+from laver_mcore.data.pixel_settings import native_settings
+
+NATIVE_PROCESSORS = ("Qwen2VLImageProcessor",)
+
+
+class NativeImageProcessor:
+    """Variable grids, pixels [P, C * t * p * p] by transformers' own Qwen2-VL processor.
+
+    The m * m patches of one visual token follow each other; visual tokens go row by row, image by image.
+    """
+
+    def __init__(self, source: str | Path | dict[str, Any]) -> None:
+        config, where = preprocessor_config(source)
+        name = str(config.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
+        if name not in NATIVE_PROCESSORS:
+            raise DataError(
+                f"{where}: image processor {name!r} has no native resolution; use one of "
+                f"{', '.join(NATIVE_PROCESSORS)}"
+            )
+        self._processor = pillow_class(name).from_dict({**config, "do_convert_rgb": True})
+        self._config = json.dumps(config, sort_keys=True, default=str)
+        self.settings = native_settings(self._processor)
+        self.patch_size = int(self._processor.patch_size)
+        self.merge_size = int(self._processor.merge_size)
+        self.temporal_patch_size = int(self._processor.temporal_patch_size)
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch: C * t * p * p."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """(rows, columns) of visual tokens, merged; DataError beyond an aspect ratio of 200."""
+        rows, columns = self.settings.target(width, height)
+        return rows // self.settings.factor, columns // self.settings.factor
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        if not images:
+            return torch.empty(0, self.patch_dim)
+        return self._processor(list(images), return_tensors="pt")["pixel_values"]
+
+    def finish(self, resized: Sequence[Tensor]) -> Tensor:
+        patches = [self._patches(normalise(image_CHW, self.settings)) for image_CHW in resized]
+        return torch.cat(patches) if patches else torch.empty(0, self.patch_dim)
+
+    def _patches(self, image_CHW: Tensor) -> Tensor:
+        p, m = self.patch_size, self.merge_size
+        _, height, width = image_CHW.shape
+        blocks = image_CHW.reshape(3, height // (p * m), m, p, width // (p * m), m, p)
+        patches = blocks.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)  # rows, columns, m, m, C, 1, p, p
+        repeated = patches.expand(-1, -1, -1, -1, -1, self.temporal_patch_size, -1, -1)
+        return repeated.reshape(-1, self.patch_dim)
+
+    def fingerprint(self) -> str:
+        """Text naming everything that changes the pixels."""
+        return f"NativeImageProcessor({self._config})"

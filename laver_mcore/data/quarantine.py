@@ -1,0 +1,67 @@
+"""Samples that could not be used: listed in quarantine.jsonl, and too many of them stop the run."""
+
+import json
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from laver_mcore.data.errors import DataError
+
+_GRACE = 8  # failures during a run before the rate is looked at
+
+
+class Quarantine:
+    """Counts and lists bad samples; `path` None only counts. `max_fraction` of the data may be bad."""
+
+    def __init__(self, path: Path | None, max_fraction: float) -> None:
+        if not 0.0 <= max_fraction <= 1.0:
+            raise DataError(f"max_bad_fraction={max_fraction} is not between 0 and 1")
+        self._path, self._max_fraction = path, max_fraction
+        self._lock = threading.Lock()
+        self._listed: set[str] = set()
+        self._num_seen = 0
+
+    def __len__(self) -> int:
+        return len(self._listed)
+
+    def add_unusable(self, bad: Iterable[tuple[str, str]], total: int) -> None:
+        """List what the index left out; DataError when that is more than the allowed fraction of `total`."""
+        found = list(bad)
+        for where, reason in found:
+            self._list(where, reason)
+        if len(found) > self._max_fraction * total:
+            raise DataError(self._too_many(found[0][1], len(found), total))
+
+    def add_failure(self, key: str, reason: str) -> None:
+        """List a sample whose image failed during the run; DataError when they become too many."""
+        self._list(key, reason)
+        if len(self) > max(_GRACE, self._max_fraction * self._num_seen):
+            raise DataError(self._too_many(reason, len(self), self._num_seen))
+
+    def saw(self, num_samples: int) -> None:
+        """Count samples that were read, good or bad."""
+        with self._lock:
+            self._num_seen += num_samples
+
+    def _too_many(self, reason: str, num_bad: int, total: int) -> str:
+        return (
+            f"{reason} ({num_bad} of {total} samples are bad, more than max_bad_fraction="
+            f"{self._max_fraction}; clean the data with tools/prepare_data.py, or raise it)"
+        )
+
+    def _list(self, name: str, reason: str) -> None:
+        with self._lock:
+            if name in self._listed:
+                return
+            self._listed.add(name)
+            if self._path is None:
+                return
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            line = json.dumps({"sample": name, "reason": reason}) + "\n"
+            # One write in append mode, so that ranks sharing the file do not tear each other's lines.
+            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(file, line.encode())
+            finally:
+                os.close(file)
