@@ -7,9 +7,11 @@ import os
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Impl = Literal["auto", "triton", "reference"]
 IMPLEMENTATIONS = ("auto", "triton", "reference")
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 logger = logging.getLogger("laver_kernels")
 
@@ -37,28 +39,41 @@ def _announce(operation: str, reason: str) -> None:
     logger.warning("%s runs the PyTorch reference: %s", operation, reason)
 
 
-def choose(impl: str, device: torch.device, operation: str) -> Literal["triton", "reference"]:
+def choose(impl: str, tensor: Tensor, operation: str) -> Literal["triton", "reference"]:
     """The backend for one call; `auto` falls back to the reference and says so once, `triton` never does.
 
     Raises:
-        ValueError: unknown `impl`, or `impl="triton"` where Triton is absent or cannot reach `device`.
+        ValueError: unknown `impl`, or `impl="triton"` where no kernel can run on `tensor`.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{operation}: impl={impl!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "reference":
         return "reference"
-    if not TRITON_IS_INSTALLED:
-        if impl == "triton":
-            raise ValueError(f"{operation}: impl='triton' needs Triton (pip install 'laver-kernels[triton]')")
-        if device.type == "cuda":
-            _announce(operation, "Triton is not installed")
-        return "reference"
-    if device.type == "cuda" or (impl == "triton" and interpreter_is_on()):
+    obstacle = _obstacle(tensor, interpret=impl == "triton" and interpreter_is_on())
+    if obstacle is None:
         return "triton"
     if impl == "triton":
-        raise ValueError(
-            f"{operation}: impl='triton' needs CUDA tensors, got {device.type}; on a CPU set "
-            "TRITON_INTERPRET=1 before import (for tests), or use impl='reference'"
-        )
-    _announce(operation, f"the tensors are on {device.type}")
+        raise ValueError(f"{operation}: impl='triton' {obstacle}")
+    _announce(operation, f"Triton {obstacle}")
     return "reference"
+
+
+def _obstacle(tensor: Tensor, interpret: bool) -> str | None:
+    """Why no kernel can run on a tensor, as the end of a sentence about Triton; None where one can."""
+    if not TRITON_IS_INSTALLED:
+        return "is not installed (pip install 'laver-kernels[triton]')"
+    if tensor.device.type != "cuda":
+        if not interpret:
+            return (
+                f"needs CUDA tensors, got {tensor.device.type}; on a CPU use impl='reference', "
+                "or set TRITON_INTERPRET=1 before import (for tests)"
+            )
+    elif torch.version.hip is not None:
+        return "has no configurations for AMD GPUs here"
+    else:
+        capability = torch.cuda.get_device_capability(tensor.device)
+        if capability < (8, 0):
+            return f"needs sm_80 or newer (bf16 tensor cores), got sm_{capability[0]}{capability[1]}"
+    if tensor.dtype not in KERNEL_DTYPES:
+        return f"got {tensor.dtype}, want fp16, bf16 or fp32 (impl='reference' takes fp64)"
+    return None

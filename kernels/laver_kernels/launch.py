@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from laver_kernels.backend import KERNEL_DTYPES
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -190,7 +190,7 @@ assert average.tolist() == [0.5] * 3
 try:
     lk.gram_loss(torch.zeros(4, 8), torch.zeros(4, 8), (4,), impl="triton")
 except ValueError as error:
-    assert "needs Triton" in str(error), error
+    assert "is not installed" in str(error), error
 else:
     raise AssertionError("impl='triton' ran without Triton")
 assert "triton" not in sys.modules
@@ -236,4 +236,5 @@ def test_falling_back_is_said_once(caplog):
         for _ in range(3):
             gram_loss(x(4, 8), x(4, 8), (4,))
     said = [record.getMessage() for record in caplog.records]
-    assert said == ["gram_loss runs the PyTorch reference: the tensors are on cpu"]
+    assert len(said) == 1
+    assert said[0].startswith("gram_loss runs the PyTorch reference: Triton")

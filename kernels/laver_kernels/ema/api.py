@@ -41,7 +41,7 @@ def ema_update_(
         momentum = momentum.reshape(()).to(device, non_blocking=True)
     elif not 0 <= momentum <= 1:
         raise ValueError(f"{NAME}: momentum={momentum}, want within [0, 1]")
-    backend = choose(impl, device, NAME)
+    backend = choose(impl, average, NAME)
     if average.numel() == 0:
         return
     if backend == "triton":

@@ -39,7 +39,7 @@ def gram_loss(
         device=student_NK.device,
     )
     lengths = _lengths(image_lengths, student_NK.shape[0])
-    backend = choose(impl, student_NK.device, NAME)
+    backend = choose(impl, student_NK, NAME)
     with torch.autocast(student_NK.device.type, enabled=False):
         if student_NK.numel() == 0:
             return student_NK.to(torch.promote_types(student_NK.dtype, torch.float32)).sum()

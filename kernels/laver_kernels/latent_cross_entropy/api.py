@@ -43,7 +43,7 @@ def latent_cross_entropy(
         )
     if can_read(rows_M):
         _check_rows(rows_M, num_rows)
-    backend = choose(impl, device, NAME)
+    backend = choose(impl, student_NK, NAME)
     with torch.autocast(device.type, enabled=False):
         if rows_M.shape[0] == 0 or width == 0:
             return student_NK[:0].to(torch.promote_types(student_NK.dtype, torch.float32)).sum()

@@ -52,7 +52,7 @@ def linear_cross_entropy(
             raise ValueError(
                 f"{NAME}: targets_N reaches [{low}, {high}], want within [0, {shard.vocab_size})"
             )
-    backend = choose(impl, device, NAME)
+    backend = choose(impl, hidden_ND, NAME)
     with torch.autocast(device.type, enabled=False):
         if num_rows == 0:
             return (hidden_ND.sum() + weight_VD[:0].sum()).to(

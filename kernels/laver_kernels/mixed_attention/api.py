@@ -43,7 +43,7 @@ def mixed_attention(
         softmax_scale = 1.0 / math.sqrt(q_THD.shape[-1])
     elif not softmax_scale > 0:
         raise ValueError(f"{NAME}: softmax_scale={softmax_scale}, want a positive number")
-    backend = choose(impl, q_THD.device, NAME)
+    backend = choose(impl, q_THD, NAME)
     if q_THD.shape[0] == 0:
         return q_THD + 0 * (k_TGD.sum() + v_TGD.sum())
     if backend == "triton":
