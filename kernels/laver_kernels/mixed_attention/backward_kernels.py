@@ -7,14 +7,20 @@ dq = scale dS K, dk = scale dS^T q, dv = P^T dout.
 import triton
 import triton.language as tl
 
-from laver_kernels.mixed_attention.tiles import head_columns, load_tile, phase_bounds, store_unrotated
+from laver_kernels.mixed_attention.tiles import (
+    head_columns,
+    keep_visible,
+    load_tile,
+    phase_bounds,
+    store_unrotated,
+)
 
 
 @triton.jit
 def _dq_over_keys(
     dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens, start, end,
     COLUMNS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, CHECK_LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     key = tl.arange(0, COLUMNS)
     column, column_ok = head_columns(HALF, HALF_PAD)
@@ -27,8 +33,7 @@ def _dq_over_keys(
         v = load_tile(V, key_start, stride_vt, v_offset, key, column_ok, num_tokens, MASK, PAD)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
         if MASK:
-            at = key_start + key
-            p = tl.where((at[None, :] >= lo[:, None]) & (at[None, :] < hi[:, None]), p, 0.0)
+            p = keep_visible(p, (key_start + key)[None, :], lo[:, None], hi[:, None], 0.0, CHECK_LOW)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = (p * (dp - delta[:, None])).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
@@ -77,15 +82,15 @@ def attention_backward_dq(
     dq = tl.zeros((ROWS, 2 * HALF_PAD), tl.float32)
     dq = _dq_over_keys(
         dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens,
-        start, full_from, COLUMNS, HALF, HALF_PAD, True, PRECISION,
+        start, full_from, COLUMNS, HALF, HALF_PAD, True, True, PRECISION,
     )  # fmt: skip
     dq = _dq_over_keys(
         dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens,
-        full_from, full_to, COLUMNS, HALF, HALF_PAD, False, PRECISION,
+        full_from, full_to, COLUMNS, HALF, HALF_PAD, False, False, PRECISION,
     )  # fmt: skip
     dq = _dq_over_keys(
         dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens,
-        full_to, end, COLUMNS, HALF, HALF_PAD, True, PRECISION,
+        full_to, end, COLUMNS, HALF, HALF_PAD, True, False, PRECISION,
     )  # fmt: skip
     row64 = row.to(tl.int64)
     target = DQ + row64[:, None] * stride_ot + head_out
@@ -98,7 +103,7 @@ def attention_backward_dq(
 def _dkdv_over_queries(
     dk, dv, k, v, lo, hi, Q, DOUT, LSE, DELTA, stride_qt, stride_ot, scale_log2, num_tokens, start, end,
     ROWS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, CHECK_LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row_in_tile = tl.arange(0, ROWS)
     column, column_ok = head_columns(HALF, HALF_PAD)
@@ -121,7 +126,7 @@ def _dkdv_over_queries(
         # Transposed: keys down, queries across, so that both products below need no transposed operand.
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
         if MASK:
-            p = tl.where((row[None, :] >= lo[:, None]) & (row[None, :] < hi[:, None]), p, 0.0)
+            p = keep_visible(p, row[None, :], lo[:, None], hi[:, None], 0.0, CHECK_LOW)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
@@ -165,15 +170,15 @@ def attention_backward_dkdv(
         delta_head = DELTA + tl.cast(head, tl.int64) * num_tokens
         dk, dv = _dkdv_over_queries(
             dk, dv, k, v, lo, hi, q_head, dout_head, lse_head, delta_head, stride_qt, stride_ot, scale_log2,
-            num_tokens, start, full_from, ROWS, HALF, HALF_PAD, True, PRECISION,
+            num_tokens, start, full_from, ROWS, HALF, HALF_PAD, True, True, PRECISION,
         )  # fmt: skip
         dk, dv = _dkdv_over_queries(
             dk, dv, k, v, lo, hi, q_head, dout_head, lse_head, delta_head, stride_qt, stride_ot, scale_log2,
-            num_tokens, full_from, full_to, ROWS, HALF, HALF_PAD, False, PRECISION,
+            num_tokens, full_from, full_to, ROWS, HALF, HALF_PAD, False, False, PRECISION,
         )  # fmt: skip
         dk, dv = _dkdv_over_queries(
             dk, dv, k, v, lo, hi, q_head, dout_head, lse_head, delta_head, stride_qt, stride_ot, scale_log2,
-            num_tokens, full_to, end, ROWS, HALF, HALF_PAD, True, PRECISION,
+            num_tokens, full_to, end, ROWS, HALF, HALF_PAD, True, False, PRECISION,
         )  # fmt: skip
     num_groups = tl.num_programs(1)
     stride_pt = num_groups * (2 * HALF)

@@ -7,16 +7,16 @@ Running maxima start at a large finite number: a row that has seen nothing yet m
 import triton
 import triton.language as tl
 
-from laver_kernels.mixed_attention.tiles import head_columns, load_tile, phase_bounds
+from laver_kernels.mixed_attention.tiles import head_columns, keep_visible, load_tile, phase_bounds
 
 
 @triton.jit
 def _attend_keys(
     acc, row_sum, row_max, q, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens, start, end,
     COLUMNS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, CHECK_LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Folds the keys [start, end) into the running softmax; MASK where some row does not see some key."""
+    """Folds the keys [start, end) into the running softmax; MASK where a row may not see a key."""
     key = tl.arange(0, COLUMNS)
     column, column_ok = head_columns(HALF, HALF_PAD)
     PAD: tl.constexpr = HALF != HALF_PAD
@@ -27,14 +27,10 @@ def _attend_keys(
         k = load_tile(K, key_start, stride_kt, k_offset, key, column_ok, num_tokens, MASK, PAD)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASK:
-            at = key_start + key
-            sees = (at[None, :] >= lo[:, None]) & (at[None, :] < hi[:, None])
-            score = tl.where(sees, score * scale_log2, -float("inf"))
-            new_max = tl.maximum(row_max, tl.max(score, 1))
-            p = tl.exp2(score - new_max[:, None])
-        else:
-            new_max = tl.maximum(row_max, tl.max(score, 1) * scale_log2)
-            p = tl.exp2(score * scale_log2 - new_max[:, None])
+            at = (key_start + key)[None, :]
+            score = keep_visible(score, at, lo[:, None], hi[:, None], -float("inf"), CHECK_LOW)
+        new_max = tl.maximum(row_max, tl.max(score, 1) * scale_log2)
+        p = tl.exp2(score * scale_log2 - new_max[:, None])
         decay = tl.exp2(row_max - new_max)
         row_sum = row_sum * decay + tl.sum(p, 1)
         acc = acc * decay[:, None]
@@ -77,15 +73,15 @@ def attention_forward(
     row_max = tl.full((ROWS,), -1e30, tl.float32)
     acc, row_sum, row_max = _attend_keys(
         acc, row_sum, row_max, q, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens,
-        start, full_from, COLUMNS, HALF, HALF_PAD, True, PRECISION,
+        start, full_from, COLUMNS, HALF, HALF_PAD, True, True, PRECISION,
     )  # fmt: skip
     acc, row_sum, row_max = _attend_keys(
         acc, row_sum, row_max, q, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens,
-        full_from, full_to, COLUMNS, HALF, HALF_PAD, False, PRECISION,
+        full_from, full_to, COLUMNS, HALF, HALF_PAD, False, False, PRECISION,
     )  # fmt: skip
     acc, row_sum, row_max = _attend_keys(
         acc, row_sum, row_max, q, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens,
-        full_to, end, COLUMNS, HALF, HALF_PAD, True, PRECISION,
+        full_to, end, COLUMNS, HALF, HALF_PAD, True, False, PRECISION,
     )  # fmt: skip
 
     has_keys = row_sum > 0

@@ -34,11 +34,21 @@ def load_tile(
 
 
 @triton.jit
+def keep_visible(value, at, lo, hi, hidden, CHECK_LOW: tl.constexpr):
+    """`value` where `at` lies in [lo, hi), else `hidden`; without CHECK_LOW `lo` is known to hold."""
+    sees = at < hi
+    if CHECK_LOW:
+        sees = sees & (at >= lo)
+    return tl.where(sees, value, hidden)
+
+
+@triton.jit
 def phase_bounds(lo, hi, is_real, num_tokens, STEP: tl.constexpr):
     """Where a tile's loop starts, where every member sees the whole step (from, to), and where it ends.
 
-    [start, full_from) and [full_to, end) need the mask, [full_from, full_to) does not. An empty interval
-    makes the full part empty, and does not widen the range.
+    [start, full_from) needs the mask, [full_from, full_to) does not, and [full_to, end) needs its upper bounds
+    alone: it lies past the full part, so past every lower bound. Without a full part all is in the first.
+    An empty interval makes the full part empty, and does not widen the range.
     """
     is_live = is_real & (lo < hi)
     first = tl.min(tl.where(is_live, lo, num_tokens), 0)
