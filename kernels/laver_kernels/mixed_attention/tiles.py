@@ -46,8 +46,8 @@ def keep_visible(value, at, lo, hi, hidden, CHECK_LOW: tl.constexpr):
 def phase_bounds(lo, hi, is_real, num_tokens, STEP: tl.constexpr):
     """Where a tile's loop starts, where every member sees the whole step (from, to), and where it ends.
 
-    [start, full_from) needs the mask, [full_from, full_to) does not, and [full_to, end) needs its upper bounds
-    alone: it lies past the full part, so past every lower bound. Without a full part all is in the first.
+    [start, full_from) needs the mask, [full_from, full_to) does not, [full_to, end) only its upper bounds: it
+    lies past the full part, and so past every lower bound. Without a full part all is in the first.
     An empty interval makes the full part empty, and does not widen the range.
     """
     is_live = is_real & (lo < hi)
