@@ -20,7 +20,7 @@ from laver_mcore.convert.weights import load_hf_weights
 from laver_mcore.data.images import FixedImageProcessor, ImageProcessor, PatchImageProcessor
 from laver_mcore.data.loader import DialogueData
 from laver_mcore.data.tokenizer import Tokenizer, load_tokenizer
-from laver_mcore.engine import Engine
+from laver_mcore.engine import Engine, Network
 from laver_mcore.model.initialize import initialize
 from laver_mcore.model.inputs import AttentionGeometry
 from laver_mcore.model.laver import LaverModel
@@ -149,7 +149,7 @@ def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[E
     engine = Engine(
         config=config,
         topology=topology,
-        models=models,
+        models=list(models),
         optimizer=build_optimizer(config, models),
         teacher=Teacher(chunks, topology, config.train.kernels) if config.laver.laver else None,
         center_K=torch.zeros(chunks[0].config.hidden_size, device=topology.device),
@@ -157,6 +157,20 @@ def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[E
         vocab_size=vocab_size,
     )
     return engine, BuildReport(trainable=trainable, fresh=fresh)
+
+
+def build_network(config: Config, topology: Topology, vocab_size: int, directory: str | Path) -> Network:
+    """The model alone, with the weights of the newest checkpoint under `directory`."""
+    chunks = build_chunks(config, topology, vocab_size)
+    initialize(chunks, config.model, vocab_size, config.train.seed, topology)
+    checkpoint.load_weights(chunks, config, vocab_size, directory)
+    return Network(
+        config=config,
+        topology=topology,
+        models=list(chunks),
+        geometry=attention_geometry(config),
+        vocab_size=vocab_size,
+    )
 
 
 def attention_geometry(config: Config) -> AttentionGeometry:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from laver_mcore.config.schema import Config
@@ -15,20 +14,28 @@ from laver_mcore.parallel import Topology
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
-    """Model, optimizer and teacher of this rank, and what they were built from."""
+class Network:
+    """The model on this rank and what it was built from: all that a forward pass needs."""
 
     config: Config
     topology: Topology
-    models: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
-    teacher: Teacher | None
-    center_K: torch.Tensor
-    """Running mean of the teacher's outputs, zero where centring is off; kept in step on every rank that uses it."""
+    models: list[torch.nn.Module]
+    """This rank's pipeline chunks; in Megatron's data-parallel wrapper while training."""
     geometry: AttentionGeometry
     vocab_size: int
+    """Before padding."""
 
     @property
     def chunks(self) -> list[LaverModel]:
-        """The models without Megatron's data-parallel wrapper."""
+        """The chunks without a wrapper."""
         return [unwrap(model) for model in self.models]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine(Network):
+    """A network in training."""
+
+    optimizer: MegatronOptimizer
+    teacher: Teacher | None
+    center_K: torch.Tensor
+    """Running mean of the teacher's outputs on the last stage, zero while centring is off."""

@@ -5,7 +5,6 @@ batches alone, so they are known before the first forward, and each micro-batch'
 total is the same number under every parallel layout.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from laver_mcore.data.batch import Batch
 from laver_mcore.data.masking import draw_mask
@@ -26,13 +24,14 @@ from laver_mcore.model.inputs import (
     student_inputs,
     teacher_inputs,
 )
-from laver_mcore.model.laver import LaverModel, LaverOutput
+from laver_mcore.model.laver import LaverOutput
 from laver_mcore.model.teacher import TeacherError
 from laver_mcore.objectives.gram import gram_sum, num_gram_matrices
 from laver_mcore.objectives.latent import latent_sum
 from laver_mcore.objectives.next_token import next_token_sum
 from laver_mcore.objectives.similarity import num_similar_images, similarity_sum
 from laver_mcore.optimizer import apply_gradients, master_weights, set_learning_rate
+from laver_mcore.pipeline import even_rows, run_pipeline
 from laver_mcore.schedules import Knobs
 
 LOSSES = ("lm_loss", "mim_loss", "gram_loss", "visual_similarity")
@@ -112,24 +111,6 @@ def global_counts(
     return counts
 
 
-def _run_pipeline(
-    engine: Engine, items: Sequence[Any], rows: Sequence[int], step: Callable[..., Any], *, forward_only: bool
-) -> list[Any]:
-    """Megatron's schedule for this layout over `items` of so many `rows`; returns what the last stage collected."""
-    models: list[Any] = engine.models if engine.topology.num_chunks > 1 else engine.models[0]
-    iterators = [iter(items) for _ in engine.models]
-    return get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iterators if engine.topology.num_chunks > 1 else iterators[0],
-        model=models,
-        num_microbatches=len(items),
-        seq_length=max(rows),  # used by the interleaved schedule alone, the others exchange shapes
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
-
-
 @torch.no_grad()
 def _frozen_features(batches: Sequence[Batch], engine: Engine) -> list[torch.Tensor | None]:
     """Features of a frozen vision encoder, computed once and used by teacher and student alike."""
@@ -152,7 +133,7 @@ def _teacher_targets(
     # All ranks of one model replica hold the same batches, so they agree on skipping the pass.
     if teacher is None or not any(batch.num_images for batch in batches):
         return [None] * len(batches)
-    rows = _even([num_teacher_rows(batch, engine.config.data.pad_to_multiple) for batch in batches], engine)
+    rows = even_rows([num_teacher_rows(batch, engine.config.data.pad_to_multiple) for batch in batches], engine)
     items = [
         teacher_inputs(batch, num_rows, **_input_settings(engine), features=feature)
         for batch, num_rows, feature in zip(batches, rows, features, strict=True)
@@ -162,13 +143,8 @@ def _teacher_targets(
         return model(next(data)), lambda output, non_loss_data: output.student_NK
 
     with teacher.weights():
-        targets = _run_pipeline(engine, items, rows, forward_step, forward_only=True)
+        targets = run_pipeline(engine, items, rows, forward_step, forward_only=True)
     return targets or [None] * len(batches)
-
-
-def _even(rows: list[int], engine: Engine) -> list[int]:
-    """Lengths of a step's micro-batches: their own, or all the longest under the interleaved schedule."""
-    return [max(rows)] * len(rows) if engine.topology.num_chunks > 1 else rows
 
 
 def _input_settings(engine: Engine) -> dict[str, Any]:
@@ -222,7 +198,7 @@ def train_step(engine: Engine, batches: Sequence[Batch], knobs: Knobs) -> StepRe
     features = _frozen_features(batches, engine)
     targets = _teacher_targets(batches, features, engine)
     pad = engine.config.data.pad_to_multiple
-    rows = _even([num_student_rows(batch, laver.laver, pad) for batch in batches], engine)
+    rows = even_rows([num_student_rows(batch, laver.laver, pad) for batch in batches], engine)
     items = [
         _MicroBatch(
             inputs=student_inputs(batch, mask, num_rows, **_input_settings(engine), features=feature),
@@ -249,7 +225,7 @@ def train_step(engine: Engine, batches: Sequence[Batch], knobs: Knobs) -> StepRe
         model.zero_grad_buffer()
     engine.optimizer.zero_grad()
     set_learning_rate(engine.optimizer, knobs.learning_rate)
-    collected = _run_pipeline(engine, items, rows, forward_step, forward_only=False)
+    collected = run_pipeline(engine, items, rows, forward_step, forward_only=False)
     grad_norm, applied = apply_gradients(engine.optimizer)
     return StepResult(
         losses=_reduce_losses(collected, engine),
@@ -307,17 +283,3 @@ def check_teacher_moved(distance: float, knobs: Knobs, student_moved: bool) -> N
             f"iteration {knobs.iteration + 1}: the teacher did not move at momentum {knobs.momentum:.4f} although the "
             "student has; its averages are not connected to the optimizer's weights"
         )
-
-
-@contextlib.contextmanager
-def evaluation_mode(chunks: Sequence[LaverModel]) -> Iterator[None]:
-    """Modules in evaluation mode, gradients off."""
-    was_training = [chunk.training for chunk in chunks]
-    try:
-        for chunk in chunks:
-            chunk.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for chunk, training in zip(chunks, was_training, strict=True):
-            chunk.train(training)
