@@ -7,7 +7,7 @@ Megatron's process groups: no more than one block of a tensor is in memory at a 
 """
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,9 +137,9 @@ class CheckpointReader:
         entries = self._metadata.state_dict_metadata
         self._tensors = {k: v for k, v in entries.items() if isinstance(v, TensorStorageMetadata)}
 
-    def keys(self) -> list[str]:
+    def __iter__(self) -> Iterator[str]:
         """Keys of all tensors."""
-        return list(self._tensors)
+        return iter(self._tensors)
 
     def __contains__(self, key: str) -> bool:
         return key in self._tensors

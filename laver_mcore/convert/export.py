@@ -1,11 +1,38 @@
-"""A run's checkpoint as a Hugging Face directory."""
+"""A run's checkpoint as a Hugging Face directory: a Qwen2 text model, or the whole image-text model.
 
+No architecture of transformers has LaVer's mixed attention and 2D positions, so the whole model goes with the
+small files of `hub/` (remote code: `from_pretrained(DIR, trust_remote_code=True)`), its processor and chat
+template.
+"""
+
+import json
+import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from laver_mcore.convert.decoder import export_decoder, open_run
+from laver_mcore.config.hugging_face import text_config
+from laver_mcore.config.schema import Config
+from laver_mcore.convert.decoder import (
+    decoder_tensors,
+    export_decoder,
+    open_run,
+    written_whole,
+)
+from laver_mcore.convert.distributed_checkpoint import CheckpointReader
 from laver_mcore.convert.errors import ConversionError
+from laver_mcore.convert.hub.modeling_laver import TOWERS
+from laver_mcore.convert.safetensors_directory import TensorToWrite, read_json, write_safetensors
+from laver_mcore.convert.tokenizer_export import export_tokenizer
+from laver_mcore.data.images import FixedImageProcessor
+from laver_mcore.data.tokenizer import Tokenizer
+from laver_mcore.model.vision_encoders import read_config, read_patch_size
+
+HUB = Path(__file__).parent / "hub"
+_CODE = ("configuration_laver.py", "modeling_laver.py", "processing_laver.py")
+_VISUAL = ("connector.", "vision_encoder.")
 
 
 def export_run(
@@ -17,11 +44,132 @@ def export_run(
     decoder_only: bool = False,
     tokenizer: str | Path | None = None,
 ) -> None:
-    """Write a run's newest checkpoint: a text model, or the whole image-text model where the run has a
-    visual path.
+    """Write a run's newest checkpoint; the whole image-text model where the run has a visual path.
+
+    `teacher` takes the decoder's EMA weights (teacher and student share encoder and connector). `tokenizer`
+    is the one to put beside, the run's own where not given. Raises `ConfigError`, nothing written.
     """
-    config, _ = open_run(load)
+    config, reader = open_run(load)
     if decoder_only or config.vision.vision == "none":
         export_decoder(load, save, dtype=dtype, teacher=teacher, companions=tokenizer)
         return
-    raise ConversionError(f"vision={config.vision.vision} cannot be exported; use --decoder-only")
+    _check_supported(config)
+    vocab_size = reader.common["identity"]["vocab_size"]
+    dtype = dtype or (torch.bfloat16 if config.train.bf16 else torch.float32)
+    tensors = decoder_tensors(config.model, reader, vocab_size, dtype=dtype, teacher=teacher)
+    tensors += _visual_tensors(reader, dtype)
+    source = tokenizer or config.data.tokenizer_model
+    assert source is not None
+    with written_whole(Path(save)) as folder:
+        engine_tokenizer = export_tokenizer(source, folder, config.data.system_prompt)
+        content = model_config(config, vocab_size, engine_tokenizer.special.image_pad, dtype)
+        _write_json(folder / "config.json", content)
+        _write_json(folder / "preprocessor_config.json", processor_config(config))
+        _write_json(folder / "generation_config.json", _generation_config(engine_tokenizer))
+        auto_map = {"AutoProcessor": "processing_laver.LaverProcessor"}
+        _write_json(
+            folder / "processor_config.json", {"processor_class": "LaverProcessor", "auto_map": auto_map}
+        )
+        for name in _CODE:
+            shutil.copyfile(HUB / name, folder / name)
+        write_safetensors(folder, tensors)
+
+
+def _check_supported(config: Config) -> None:
+    vision = config.vision
+    if vision.vision != "encoder-free" and vision.vision not in TOWERS:
+        raise ConversionError(
+            f"vision={vision.vision} cannot be exported whole; use {', '.join(['encoder-free', *TOWERS])}, "
+            "or --decoder-only"
+        )
+    if vision.vision_select != "patch":
+        raise ConversionError(f"vision_select={vision.vision_select} cannot be exported, only patch")
+
+
+def _visual_tensors(reader: CheckpointReader, dtype: torch.dtype) -> list[TensorToWrite]:
+    """Tower and connector under their own names; mask token and vision head serve training alone."""
+
+    def read(key: str) -> list[torch.Tensor]:
+        return [reader.read(key)]
+
+    return [
+        TensorToWrite(name=key, shape=reader.shape(key), dtype=dtype, blocks=partial(read, key))
+        for key in reader
+        if key.startswith(_VISUAL)
+    ]
+
+
+def _grid(config: Config) -> list[int]:
+    """Rows and columns of visual tokens of every image."""
+    vision = config.vision
+    if vision.vision == "encoder-free":
+        return [vision.image_size // vision.patch_size] * 2
+    assert vision.vision_path is not None
+    processor = FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
+    return list(processor.grid(0, 0))
+
+
+def model_config(config: Config, vocab_size: int, image_token_id: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of the exported config.json."""
+    vision = config.vision
+    assert config.model.mrope_section is not None
+    tower: dict[str, Any] = {}
+    if vision.vision != "encoder-free":
+        assert vision.vision_path is not None
+        tower = dict(
+            vision_config=read_config(vision.vision_path, vision.vision), vision_layer=vision.vision_layer
+        )
+    return {
+        "model_type": "laver",
+        "architectures": ["LaverForConditionalGeneration"],
+        "auto_map": {
+            "AutoConfig": "configuration_laver.LaverConfig",
+            "AutoModelForImageTextToText": "modeling_laver.LaverForConditionalGeneration",
+            "AutoModelForCausalLM": "modeling_laver.LaverForConditionalGeneration",
+        },
+        "dtype": str(dtype).removeprefix("torch."),
+        "text_config": text_config(config.model, vocab_size),
+        "tie_word_embeddings": not config.model.untie_embeddings_and_output_weights,
+        "vision": vision.vision,
+        **tower,
+        "patch_size": vision.patch_size,
+        "connector_hidden_size": vision.connector_hidden_size or config.model.hidden_size,
+        "image_grid": _grid(config),
+        "image_token_id": image_token_id,
+        "mrope_section": list(config.model.mrope_section),
+        "rope_2d": config.laver.rope_2d,
+        "mixed_attention": config.laver.mixed_attention,
+    }
+
+
+def processor_config(config: Config) -> dict[str, Any]:
+    """The content of the exported preprocessor_config.json."""
+    vision = config.vision
+    settings: dict[str, Any] = dict(image_size=vision.image_size, patch_size=vision.patch_size)
+    if vision.vision != "encoder-free":
+        assert vision.vision_path is not None
+        settings = dict(tower=read_json(Path(vision.vision_path) / "preprocessor_config.json"))
+    return {
+        "image_processor_type": "LaverImageProcessor",
+        "processor_class": "LaverProcessor",
+        "auto_map": {
+            "AutoImageProcessor": "processing_laver.LaverImageProcessor",
+            "AutoProcessor": "processing_laver.LaverProcessor",
+        },
+        "image_grid": _grid(config),
+        **settings,
+    }
+
+
+def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    special = tokenizer.special
+    return {
+        "do_sample": False,
+        "eos_token_id": special.im_end,
+        "pad_token_id": special.pad,
+        "max_new_tokens": 256,
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

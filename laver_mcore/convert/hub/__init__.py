@@ -1,0 +1,3 @@
+"""Files that go along with an exported model (remote code for transformers); the engine does not import
+them.
+"""

@@ -1,0 +1,47 @@
+"""Configuration of an exported LaVer model: a Qwen2 decoder, a visual path, and how image tokens are
+arranged.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig, Qwen2Config
+
+
+class LaverConfig(PreTrainedConfig):
+    """`vision` is encoder-free or the kind of a transformers tower, whose own settings are
+    `vision_config`.
+    """
+
+    model_type = "laver"
+    sub_configs = {"text_config": Qwen2Config}  # noqa: RUF012
+
+    def __init__(
+        self,
+        text_config: dict[str, Any] | Qwen2Config | None = None,
+        vision: str = "encoder-free",
+        vision_config: dict[str, Any] | None = None,
+        vision_layer: int = -1,
+        patch_size: int = 16,
+        connector_hidden_size: int = 1024,
+        image_grid: list[int] | tuple[int, int] = (1, 1),
+        image_token_id: int = 0,
+        mrope_section: list[int] | tuple[int, int, int] = (0, 32, 32),
+        rope_2d: bool = True,
+        mixed_attention: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(text_config, Qwen2Config):
+            text_config = Qwen2Config(**(text_config or {}))
+        self.text_config: Any = text_config
+        self.vision = vision
+        self.vision_config = vision_config
+        self.vision_layer = vision_layer
+        self.patch_size = patch_size
+        self.connector_hidden_size = connector_hidden_size
+        self.image_grid = list(image_grid)
+        self.image_token_id = image_token_id
+        self.mrope_section = list(mrope_section)
+        self.rope_2d = rope_2d
+        self.mixed_attention = mixed_attention
+        kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        super().__init__(**kwargs)

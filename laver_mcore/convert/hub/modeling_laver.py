@@ -1,0 +1,303 @@
+"""LaVer (arXiv 2512.06281) for transformers: Qwen2 with mixed attention and 2D rotary positions for images.
+
+    pixels -> tower (or bare patches) -> connector -> visual tokens in the places of <|image_pad|> -> Qwen2
+
+Two things differ from Qwen2. A token of an image sees all tokens of that image, later ones too; everything
+else is causal. And a visual token (r, c) of an image that begins at position p stands at (p, p + r, p + c),
+the next text token at p + max(rows, columns), the three coordinates rotating their own bands of frequencies.
+
+Shapes: B sequences, L tokens of this call, K tokens including the cache, I images, N visual tokens, D width.
+"""
+
+import itertools
+
+import torch
+import transformers
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel, Qwen2Model
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_laver import LaverConfig
+
+# Kind -> (class in transformers, its config, the encoder's list of layers, final norm, tokens before the
+# patches).
+TOWERS = {
+    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", "layers", "post_layernorm", 0),
+    "clip": ("CLIPVisionModel", "CLIPVisionConfig", "layers", "post_layernorm", 1),
+    "dinov2": ("Dinov2Model", "Dinov2Config", "layer", "layernorm", 1),
+}
+
+
+def lay_out(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    image_grids: torch.Tensor,
+    config: LaverConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions [3, B, L] and, per token, the index of its image [B, L], -1 for text.
+
+    `input_ids` are whole sequences; `image_grids` [I, 2] holds (rows, columns) of their images in order.
+    """
+    positions = torch.zeros(3, *input_ids.shape, dtype=torch.long)
+    image_ids = torch.full(input_ids.shape, -1)
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, : input_ids.shape[1]]
+    grids = image_grids.tolist()
+    image = 0
+    for row, (ids, is_real) in enumerate(zip(input_ids.tolist(), real.tolist(), strict=True)):
+        places = [place for place, keep in enumerate(is_real) if keep]
+        token, start = 0, 0  # index into places, and the position that it has
+        while token < len(places):
+            if ids[places[token]] != config.image_token_id:
+                positions[:, row, places[token]] = start
+                token, start = token + 1, start + 1
+                continue
+            if image >= len(grids):
+                raise ValueError(f"more runs of image tokens than the {len(grids)} image(s)")
+            rows, columns = grids[image]
+            patches = places[token : token + rows * columns]
+            if len(patches) < rows * columns or any(ids[p] != config.image_token_id for p in patches):
+                raise ValueError(
+                    f"image {image} has {rows} x {columns} tokens, the sequence fewer in its place"
+                )
+            offset = torch.arange(rows * columns)
+            if config.rope_2d:
+                axes = torch.stack([torch.zeros_like(offset), offset // columns, offset % columns])
+            else:
+                axes = offset.expand(3, -1)
+            positions[:, row, patches] = start + axes
+            image_ids[row, patches] = image
+            start += max(rows, columns) if config.rope_2d else rows * columns
+            token, image = token + rows * columns, image + 1
+    if image != len(grids):
+        raise ValueError(f"{len(grids)} image(s), but image tokens for {image}")
+    return positions.to(input_ids.device), image_ids.to(input_ids.device)
+
+
+def mixed_mask(
+    image_ids: torch.Tensor, attention_mask: torch.Tensor | None, past: int, mixed: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """What every token of this call may see, [B, 1, L, K], as numbers to add to the scores.
+
+    Tokens in the cache precede all tokens of this call; `image_ids` [B, L] are those of this call.
+    """
+    batch, length = image_ids.shape
+    device = image_ids.device
+    column, row = torch.arange(past + length, device=device), past + torch.arange(length, device=device)
+    sees = (column[None, :] <= row[:, None]).expand(batch, -1, -1).clone()
+    if mixed:
+        sees[..., past:] |= (image_ids[:, :, None] == image_ids[:, None, :]) & (image_ids[:, :, None] >= 0)
+    if attention_mask is not None:
+        sees &= attention_mask[:, None, : past + length].bool()
+        sees |= column[None, :] == row[:, None]  # padding sees itself: a softmax over nothing is not a number
+    lowest = torch.finfo(dtype).min
+    return torch.where(sees, 0.0, lowest).to(dtype)[:, None]
+
+
+class LaverRotaryEmbedding(nn.Module):
+    """cos and sin [B, L, C] from positions [3, B, L]: band f reads the axis that `mrope_section` gives it."""
+
+    def __init__(self, config: LaverConfig) -> None:
+        super().__init__()
+        text = config.text_config
+        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.base = text.rope_parameters["rope_theta"]
+        self.section = config.mrope_section
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Computed here, not kept: a buffer would be cast along with the weights.
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=x.device) / self.head_dim
+        axis = torch.repeat_interleave(torch.arange(3), torch.tensor(self.section)).to(x.device)
+        angles = position_ids.float()[axis].permute(1, 2, 0) * (1.0 / self.base**exponents)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+class LaverVisionEncoder(nn.Module):
+    """A transformers tower cut behind one of its layers: pixels [I, 3, H, W] -> [I * N, E], without CLS
+    token.
+    """
+
+    def __init__(self, config: LaverConfig) -> None:
+        super().__init__()
+        model, settings, layers, norm, self.num_prefix_tokens = TOWERS[config.vision]
+        tower_config = getattr(transformers, settings)(**(config.vision_config or {}))
+        self.hidden_size = tower_config.hidden_size
+        tower = getattr(transformers, model)(tower_config)
+        kept = getattr(tower.encoder, layers)
+        setattr(tower.encoder, layers, kept[: len(kept) + config.vision_layer + 1])
+        if config.vision_layer < -1 or config.vision == "clip":
+            setattr(tower, norm, nn.Identity())
+        if getattr(tower, "use_head", False):
+            tower.use_head = False
+            del tower.head
+        if getattr(tower.embeddings, "mask_token", None) is not None:
+            tower.embeddings.mask_token = None
+        self.tower = tower
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        dtype = next(self.parameters()).dtype
+        hidden = self.tower(pixel_values=pixel_values.to(dtype)).last_hidden_state
+        return hidden[:, self.num_prefix_tokens :].flatten(0, 1)
+
+
+class LaverConnector(nn.Module):
+    """Linear layers with GELU between them: two behind a tower, three on bare patches."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width, next_width in itertools.pairwise(sizes):
+            layers += [nn.Linear(width, next_width), nn.GELU()]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.layers(features)
+
+
+class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Images and text in, text out."""
+
+    config_class = LaverConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = False  # it takes no mask, and would silently be causal
+    _supports_attention_backend = False
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _no_split_modules = ["Qwen2DecoderLayer"]  # noqa: RUF012
+
+    def __init__(self, config: LaverConfig) -> None:
+        super().__init__(config)
+        width, hidden = config.text_config.hidden_size, config.connector_hidden_size
+        if config.vision == "encoder-free":
+            self.vision_encoder = None
+            self.connector = LaverConnector([3 * config.patch_size**2, hidden, hidden, width])
+        else:
+            self.vision_encoder = LaverVisionEncoder(config)
+            self.connector = LaverConnector([self.vision_encoder.hidden_size, hidden, width])
+        self.model = Qwen2Model(config.text_config)
+        self.model.rotary_emb = LaverRotaryEmbedding(config)
+        self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Visual tokens [N, D] of all images; pixels [I, 3, H, W], or patches [N, 3 p p] without an
+        encoder.
+        """
+        features = pixel_values if self.vision_encoder is None else self.vision_encoder(pixel_values)
+        return self.connector(features.to(self.dtype))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        image_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        past_key_values=None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, L, V]; `position_ids` [3, B, L] and `image_ids` [B, L] only when there is a cache.
+
+        `generate` prepares both. `image_grids` [I, 2] are the (rows, columns) of the images.
+        """
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None or image_ids is None:
+            if past:
+                raise ValueError(
+                    "with a cache, give position_ids and image_ids (lay_out of the whole sequences)"
+                )
+            grids = self._grids(input_ids, image_grids)
+            position_ids, image_ids = lay_out(input_ids, attention_mask, grids, self.config)
+        embeds = self.model.embed_tokens(input_ids)
+        if pixel_values is not None:
+            visual = self.get_image_features(pixel_values).to(embeds.dtype)
+            if len(visual) != int((image_ids >= 0).sum()):
+                raise ValueError(
+                    f"{len(visual)} visual tokens for {int((image_ids >= 0).sum())} image tokens"
+                )
+            embeds = embeds.masked_scatter((image_ids >= 0)[..., None], visual)
+        mask = mixed_mask(image_ids, attention_mask, past, self.config.mixed_attention, embeds.dtype)
+        outputs = self.model(
+            inputs_embeds=embeds,
+            attention_mask={"full_attention": mask},
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+    def _grids(self, input_ids: torch.Tensor, image_grids: torch.Tensor | None) -> torch.Tensor:
+        """The given grids, or the model's fixed one for as many images as there are tokens for."""
+        if image_grids is not None:
+            return image_grids
+        rows, columns = self.config.image_grid
+        num_images = int((input_ids == self.config.image_token_id).sum()) // (rows * columns)
+        return torch.tensor([[rows, columns]] * num_images).reshape(-1, 2)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values=None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | None = None,
+        **_,
+    ) -> dict:
+        """What is new since the cache ends, with positions counted over the whole sequences."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        grids = self._grids(input_ids, image_grids)
+        position_ids, image_ids = lay_out(input_ids, attention_mask, grids, self.config)
+        new = slice(past, None)
+        return {
+            "input_ids": input_ids[:, new].contiguous(),
+            "position_ids": position_ids[..., new].contiguous(),
+            "image_ids": image_ids[:, new].contiguous(),
+            "attention_mask": attention_mask,
+            "pixel_values": pixel_values if past == 0 else None,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep or 0,
+        }
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids=None, **model_kwargs):
+        """Repeat every sequence for beams or samples, and its images with it."""
+        pixels, grids = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_grids", None)
+        if expand_size > 1 and pixels is not None:
+            grids = self._grids(input_ids, grids)
+            _, image_ids = lay_out(input_ids, model_kwargs.get("attention_mask"), grids, self.config)
+            parts = list(
+                pixels.split(
+                    (grids.prod(-1) if self.vision_encoder is None else grids[:, 0] * 0 + 1).tolist()
+                )
+            )
+            order = [
+                i for row in image_ids for _ in range(expand_size) for i in row[row >= 0].unique().tolist()
+            ]
+            pixels, grids = torch.cat([parts[i] for i in order]), grids[order]
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, "pixel_values": pixels, "image_grids": grids}
