@@ -62,13 +62,20 @@ def build_data(config: Config, tokenizer: Tokenizer) -> DialogueData:
     data = config.data
     return DialogueData(
         list(data.data_path),
-        image_folder=data.image_folder or Path(data.data_path[0]).parent,
+        image_folder=data.image_folder,
         tokenizer=tokenizer,
         image_processor=build_image_processor(config),
         seq_length=data.seq_length,
         seed=config.train.seed,
         system_prompt=data.system_prompt,
         overlong=data.overlong,
+        weights=data.data_weights or None,
+        image_backend=data.image_backend,
+        num_workers=data.num_workers,
+        decode_threads=data.decode_threads,
+        max_bad_fraction=data.max_bad_fraction,
+        quarantine=Path(config.run.save) / "quarantine.jsonl" if config.run.save else None,
+        index_folder=Path(data.index_folder) if data.index_folder else None,
     )
 
 

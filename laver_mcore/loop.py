@@ -6,6 +6,7 @@ from typing import Any
 
 from laver_mcore import checkpoint, schedules
 from laver_mcore.checkpoint import Progress
+from laver_mcore.data.agreement import agreement
 from laver_mcore.data.loader import DialogueData
 from laver_mcore.engine import Engine
 from laver_mcore.metrics import Metrics
@@ -102,6 +103,7 @@ def train(engine: Engine, data: DialogueData, progress: Progress, metrics: Metri
     steps = data.iterate(
         first,
         first + total - progress.iteration,
+        agree=agreement(topology.mp_group, topology.device),
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=topology.dp_rank,
@@ -119,7 +121,8 @@ def train(engine: Engine, data: DialogueData, progress: Progress, metrics: Metri
         if metrics is not None and _due(iteration, config.run.log_interval):
             now = time.perf_counter()
             seconds = (now - logged_at) / config.run.log_interval
-            metrics.write(metrics_row(state, result, knobs, engine, seconds), seconds)
+            row = metrics_row(state, result, knobs, engine, seconds)
+            metrics.write(row | {"data_wait_ms": data.take_wait_ms()}, seconds)
             logged_at = now
         exiting = iteration == total or _due(iteration, config.run.exit_interval)
         if config.run.save and (exiting or _due(iteration, config.run.save_interval)):

@@ -21,6 +21,7 @@ from laver_mcore.model.parameters import format_trainable
 _MAY_CHANGE = {
     "run": None,
     "parallel": None,
+    "data": {"num_workers", "decode_threads", "max_bad_fraction", "index_folder"},
     "train": {"train_iters", "micro_batch_size", "global_batch_size", "kernels", "transformer_impl"},
 }
 """What a resumed run may change: any key of a section (None), or the named ones."""

@@ -111,12 +111,24 @@ class LaverConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Dialogues with images in LLaVA / ShareGPT JSON or JSONL, packed to `seq_length`."""
+    """Dialogues with images from JSON, JSONL, parquet or prepared shards, packed to `seq_length`."""
 
     data_path: tuple[str, ...] = ()
-    """One or several JSON or JSONL files."""
+    """One or several sets: JSON or JSONL file, parquet file or folder, or folder of tools/prepare_data.py."""
+    data_weights: tuple[float, ...] = ()
+    """Share of each set in an epoch, 1 being the whole set once; one a set, or none for all of everything."""
     image_folder: str | None = None
     """Folder that image paths are relative to; the JSON file's own folder where not given."""
+    image_backend: Literal["pillow", "torch_uint8", "dali", "dali_two_pass"] = "pillow"
+    """Who decodes and resizes: pillow is the reference, torch_uint8 the fastest on CPU (see docs/data.md)."""
+    num_workers: int = 0
+    """Processes that read and tokenise ahead (and decode, with image_backend=pillow); 0 does it in a thread."""
+    decode_threads: int = 2
+    """Threads of the other image backends."""
+    max_bad_fraction: float = 0.1
+    """Share of unreadable samples above which a run stops; below, they are listed in quarantine.jsonl."""
+    index_folder: str | None = None
+    """Where the measured lengths of large sets are kept; `.laver_index` beside the data where not given."""
     tokenizer_model: str | None = None
     """Hugging Face tokenizer directory, or a SentencePiece .model file."""
     seq_length: int = 2048

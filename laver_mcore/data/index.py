@@ -131,43 +131,43 @@ def get_index(
     target = None if folder is None else folder / f"{source.name}-{digest}"
     if target is not None and target.is_dir():
         return load_index(source, target)
-    with _locked(folder, digest) as writable:
-        if target is not None and target.is_dir():
+    locators = list(
+        tqdm(source.scan(), desc=f"reading {source.name}", unit=" records", delay=2.0, disable=None)
+    )
+    if target is None or len(locators) < _CACHED_FROM:
+        return _build(source, locators, tokenizer, system_prompt, num_workers)
+    with _locked(target) as writable:
+        if target.is_dir():  # another process has made it meanwhile
             return load_index(source, target)
-        index = _build(source, tokenizer, system_prompt, num_workers)
-        if target is None or not writable or len(index) < _CACHED_FROM:
+        index = _build(source, locators, tokenizer, system_prompt, num_workers)
+        if not writable:
             return index
         _store(index, target)
     return load_index(source, target)
 
 
 @contextmanager
-def _locked(folder: Path | None, digest: str) -> Iterator[bool]:
-    """Hold the lock of one index; yields whether the folder can be written to."""
-    if folder is None:
-        yield False
-        return
+def _locked(target: Path) -> Iterator[bool]:
+    """Hold the lock of one index; yields whether its folder can be written to."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / f"{digest}.lock").open("w")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = target.with_suffix(".lock").open("w")
     except OSError as error:
-        logger.warning("%s: the index cannot be kept here (%s); every start measures again", folder, error)
+        logger.warning("%s: the index cannot be kept here (%s); every start measures again", target, error)
         yield False
         return
-    with file:
+    with file:  # closing it unlocks it; it stays, for deleting it would let two processes hold it
         fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield True
-        finally:
-            Path(file.name).unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        yield True
 
 
-def _build(source: Source, tokenizer: Tokenizer, system_prompt: str, num_workers: int) -> SourceIndex:
-    locators = list(
-        tqdm(source.scan(), desc=f"reading {source.name}", unit=" records", delay=2.0, disable=None)
-    )
+def _build(
+    source: Source,
+    locators: list[tuple[int, ...]],
+    tokenizer: Tokenizer,
+    system_prompt: str,
+    num_workers: int,
+) -> SourceIndex:
     if not locators:
         raise DataError(f"{getattr(source, 'path', source.name)}: holds no records")
     bar = tqdm(total=len(locators), desc=f"measuring {source.name}", unit=" samples", delay=2.0, disable=None)

@@ -54,7 +54,7 @@ class DialogueData:
         self,
         source: str | Path | Sequence[str | Path],
         *,
-        image_folder: str | Path = ".",
+        image_folder: str | Path | None = None,
         tokenizer: Tokenizer,
         image_processor: ImageProcessor | None,
         seq_length: int,
@@ -77,7 +77,7 @@ class DialogueData:
             raise DataError("the list of data files: holds no records")
         self._image_processor, self._num_workers = image_processor, num_workers
         quarantined = Quarantine(quarantine, max_bad_fraction)
-        self._sources = [open_source(path, image_folder, ratings) for path in paths]
+        self._sources = [open_source(path, image_folder or path.parent, ratings) for path in paths]
         indexes = []
         for path, opened in zip(paths, self._sources, strict=True):
             folder = index_folder or (path if path.is_dir() else path.parent) / FOLDER

@@ -1,0 +1,199 @@
+"""A published set -> tar shards.
+
+Every shard is a pure function of the set and the options, written whole or not at all, so a conversion that
+was killed goes on with the shards that are missing and ends with the same bytes.
+"""
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from laver_mcore.data.errors import DataError
+from laver_mcore.data.finevision import RatingFilter
+from laver_mcore.data.prepare.energon import write_energon_metadata
+from laver_mcore.data.prepare.record import PreparedSample, prepare_record
+from laver_mcore.data.prepare.transcode import ImageLimits
+from laver_mcore.data.randomness import permutation
+from laver_mcore.data.shards import MANIFEST, ShardSummary, ShardWriter
+from laver_mcore.data.sources import JsonSource, ParquetSource
+
+Format = Literal["llava", "llava-onevision", "finevision"]
+REJECTS = "rejects.jsonl"
+_PROGRESS = ".prepare"  # what is done, until all is
+_VERSION = 1
+_MAX_SHARDS = 9999
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What decides a prepared set besides its source."""
+
+    format: Format
+    seed: int = 0
+    samples_per_shard: int = 2000
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    ratings: RatingFilter = field(default_factory=RatingFilter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ShardTask:
+    """One shard: which records it holds, in reading order."""
+
+    number: int
+    path: Path
+    locators: tuple[tuple[int, ...], ...]
+    source: JsonSource | ParquetSource
+    options: ConvertOptions
+
+
+def open_corpus(path: Path, image_folder: Path | None, options: ConvertOptions) -> JsonSource | ParquetSource:
+    """The set at `path`; DataError when it is not of the wanted format's kind."""
+    if options.format == "llava":
+        if path.is_dir() or path.suffix == ".parquet":
+            raise DataError(
+                f"{path}: format 'llava' is a JSON or JSONL file; give the file, or another format"
+            )
+        return JsonSource(path, image_folder or path.parent)
+    if path.suffix != ".parquet" and not (path.is_dir() and next(path.rglob("*.parquet"), None)):
+        raise DataError(f"{path}: format {options.format!r} is a parquet file, or a folder of them")
+    return ParquetSource(path, options.ratings)
+
+
+def convert(
+    source: JsonSource | ParquetSource, output: Path, options: ConvertOptions, *, num_workers: int
+) -> dict[str, Any]:
+    """Write the prepared set to `output` and return its manifest.
+
+    Raises DataError for a folder of another set.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    progress = output / _PROGRESS
+    identity = _identity(source, options)
+    _claim(output, progress, identity)
+    tasks = _plan(source, output, options)
+    missing = [task for task in tasks if not (progress / f"{task.path.stem}.json").is_file()]
+    total = sum(len(task.locators) for task in tasks)
+    done = total - sum(len(task.locators) for task in missing)
+    with tqdm(total=total, initial=done, desc="preparing", unit=" samples", disable=None) as bar:
+        for num_samples in _run(missing, num_workers):
+            bar.update(num_samples)
+    return _finish(output, progress, tasks, identity, options)
+
+
+def _identity(source: JsonSource | ParquetSource, options: ConvertOptions) -> str:
+    settings = json.dumps(asdict(options), sort_keys=True)
+    text = f"{_VERSION} {source.fingerprint()} {settings}"
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _claim(output: Path, progress: Path, identity: str) -> None:
+    """Make sure that what lies in `output` already belongs to this very conversion."""
+    marker = progress / "identity"
+    if marker.is_file():
+        if marker.read_text(encoding="ascii") != identity:
+            raise DataError(
+                f"{output}: holds a conversion of other data or options; give another --output or delete it"
+            )
+    elif any(output.glob("*.tar")):
+        raise DataError(f"{output}: holds tar files already; give another --output")
+    else:
+        progress.mkdir(exist_ok=True)
+        marker.write_text(identity, encoding="ascii")
+
+
+def _plan(source: JsonSource | ParquetSource, output: Path, options: ConvertOptions) -> list[_ShardTask]:
+    """Deal the records out to shards: JSON record by record, parquet by row group, so each is read once."""
+    locators = np.array(list(source.scan()), dtype=np.int64)
+    if not len(locators):
+        raise DataError(f"{source.path}: holds no records")
+    size = max(options.samples_per_shard, -(-len(locators) // _MAX_SHARDS))
+    if isinstance(source, ParquetSource):
+        _, group_of = np.unique(locators[:, :2], axis=0, return_inverse=True)
+        group_of = group_of.reshape(-1)
+        rank = permutation(int(group_of.max()) + 1, "prepare groups", options.seed)
+        order = np.argsort(rank[group_of], kind="stable")
+    else:
+        order = permutation(len(locators), "prepare", options.seed)
+    tasks = []
+    for number, start in enumerate(range(0, len(order), size)):
+        chosen = np.sort(order[start : start + size])  # reading order: forward through the files
+        rows = tuple(tuple(int(v) for v in row) for row in locators[chosen])
+        path = output / f"shard-{number:06d}.tar"
+        tasks.append(_ShardTask(number=number, path=path, locators=rows, source=source, options=options))
+    return tasks
+
+
+def _run(tasks: Sequence[_ShardTask], num_workers: int) -> Any:
+    """Yield the number of records of each shard as it is done."""
+    if num_workers <= 1:
+        for task in tasks:
+            yield _write_shard(task)
+        return
+    pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        for future in as_completed([pool.submit(_write_shard, task) for task in tasks]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise DataError("a worker was killed; run the same command again to go on where it stopped") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _write_shard(task: _ShardTask) -> int:
+    prepared: list[tuple[int, PreparedSample]] = []
+    rejects = []
+    for position, locator in enumerate(task.locators):
+        try:
+            prepared.append((position, prepare_record(task.source, locator, task.options.limits)))
+        except DataError as error:
+            rejects.append({"shard": task.number, "record": list(locator), "reason": str(error)})
+    writer = ShardWriter(task.path)
+    try:
+        for place in permutation(len(prepared), "prepare shard", task.options.seed, task.number):
+            position, sample = prepared[place]
+            images = [(image.extension, image.data) for image in sample.images]
+            writer.add(f"{task.number:06d}-{position:06d}", sample.record, images)
+        summary = writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+    num_images = sum(len(sample.images) for _, sample in prepared)
+    report = {"summary": summary.as_dict(), "num_images": num_images, "rejects": rejects}
+    done = task.path.parent / _PROGRESS / f"{task.path.stem}.json"
+    partial = done.with_suffix(".partial")
+    partial.write_text(json.dumps(report), encoding="utf-8")
+    partial.replace(done)
+    return len(task.locators)
+
+
+def _finish(
+    output: Path, progress: Path, tasks: Sequence[_ShardTask], identity: str, options: ConvertOptions
+) -> dict[str, Any]:
+    reports = [json.loads((progress / f"{task.path.stem}.json").read_text("utf-8")) for task in tasks]
+    shards = [ShardSummary(**report["summary"]) for report in reports]
+    rejects = [reject for report in reports for reject in report["rejects"]]
+    lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
+    (output / REJECTS).write_text(lines, encoding="utf-8")
+    write_energon_metadata(output, shards)
+    manifest = {
+        "version": _VERSION,
+        "identity": identity,
+        "options": asdict(options),
+        "num_samples": sum(shard.num_samples for shard in shards),
+        "num_images": sum(report["num_images"] for report in reports),
+        "num_rejects": len(rejects),
+        "shards": [shard.as_dict() for shard in shards],
+    }
+    partial = output / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    partial.replace(output / MANIFEST)
+    return manifest

@@ -1,0 +1,82 @@
+"""Convert LLaVA-Pretrain, LLaVA-OneVision or FineVision into prepared shards, or check a prepared set.
+
+    python tools/prepare_data.py --input blip_laion_cc_sbu_558k.json --image-folder images --format llava
+    --output DIR python tools/prepare_data.py --input finevision/ --format finevision --output DIR
+    --min-relevance 3 python tools/prepare_data.py --output DIR --check
+
+Killed, it goes on where it stopped when it is started again with the same arguments.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from laver_mcore.data.errors import DataError
+from laver_mcore.data.finevision import RATINGS, RatingFilter
+from laver_mcore.data.prepare.check import check_prepared
+from laver_mcore.data.prepare.convert import REJECTS, ConvertOptions, convert, open_corpus
+from laver_mcore.data.prepare.transcode import ImageLimits
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", type=Path, help="JSON / JSONL file, parquet file, or folder of parquet files"
+    )
+    parser.add_argument("--format", choices=("llava", "llava-onevision", "finevision"))
+    parser.add_argument("--output", type=Path, required=True, help="folder of the prepared set")
+    parser.add_argument("--image-folder", type=Path, help="what image paths are relative to (llava)")
+    parser.add_argument("--check", action="store_true", help="read the prepared set whole and verify it")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
+    )
+    parser.add_argument("--samples-per-shard", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0, help="of the one global shuffle")
+    parser.add_argument(
+        "--max-pixels", type=int, default=ImageLimits.max_pixels, help="scale larger images down"
+    )
+    parser.add_argument("--max-aspect", type=float, default=ImageLimits.max_aspect, help="reject beyond this")
+    for name in RATINGS:
+        flag = f"--min-{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, help="keep FineVision turns rated at least this, 1 to 5")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 for bad data, 2 for bad arguments."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if not args.check and (args.input is None or args.format is None):
+        parser.error("give --input and --format, or --check")
+    try:
+        if args.input is not None:
+            ratings = {name: getattr(args, f"min_{name}") for name in RATINGS}
+            options = ConvertOptions(
+                format=args.format,
+                seed=args.seed,
+                samples_per_shard=args.samples_per_shard,
+                limits=ImageLimits(max_pixels=args.max_pixels, max_aspect=args.max_aspect),
+                ratings=RatingFilter(**ratings),
+            )
+            source = open_corpus(args.input, args.image_folder, options)
+            manifest = convert(source, args.output, options, num_workers=args.workers)
+            print(
+                f"{manifest['num_samples']:,} samples with {manifest['num_images']:,} images in "
+                f"{len(manifest['shards'])} shards; {manifest['num_rejects']:,} rejected "
+                f"({args.output / REJECTS})"
+            )
+        if args.check:
+            problems = check_prepared(args.output, num_workers=args.workers)
+            print("\n".join(problems) if problems else f"{args.output}: in order")
+            return 1 if problems else 0
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
