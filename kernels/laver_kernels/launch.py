@@ -7,6 +7,8 @@ from torch import Tensor
 
 from laver_kernels.backend import KERNEL_DTYPES
 
+MAX_ROW_STRIDE = (2**31 - 1) // 128 - 128  # a tile has up to 128 rows
+
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's."""
@@ -29,5 +31,9 @@ def want_kernel_dtype(operation: str, *tensors: Tensor) -> None:
 
 
 def inner_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is dense (strided views of a fused QKV are), else a copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    """The tensor itself where its last dimension is dense (strided views of a fused QKV are), else a copy.
+
+    Rows so far apart that a tile's offsets would leave int32 are copied together too.
+    """
+    is_dense = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    return tensor if is_dense and tensor.stride(0) <= MAX_ROW_STRIDE else tensor.contiguous()

@@ -1,6 +1,7 @@
 """Gram loss on Triton: registered forward and backward operators, and the tile lists they walk."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -34,20 +35,26 @@ def tile_lists(lengths: tuple[int, ...], block: int, rows: int, device: torch.de
         starts.append(start)
         w_starts.append(w_start)
         start += length
-        w_start += triton.cdiv(length * triton.cdiv(length, 8) * 8, 16) * 16
-    return (
-        torch.tensor(forward, dtype=torch.int32).to(device, non_blocking=True),
-        torch.tensor(backward, dtype=torch.int32).to(device, non_blocking=True),
-        torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True),
-        torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True),
-        torch.tensor([*w_starts, w_start], dtype=torch.int64).to(device, non_blocking=True),
-    )
+        w_start += _w_elements(length)
+    int32, int64 = torch.int32, torch.int64
+    lists = ((forward, int32), (backward, int32), (starts, int32), (lengths, int32), (w_starts, int64))
+    return tuple(_on_device(values, dtype, device) for values, dtype in lists)
+
+
+def _on_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Through pinned memory on a GPU: a copy from pageable memory may wait for the stream."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _w_elements(length: int) -> int:
+    """Elements of one image's W: rows padded to 8, the whole to 16, so that every row starts on 16 bytes."""
+    return triton.cdiv(length * triton.cdiv(length, 8) * 8, 16) * 16
 
 
 def _sizes(lengths: list[int], block: int) -> tuple[int, int]:
     """Elements of W over all images, and the most tiles along one side of an image."""
-    w_size = sum(triton.cdiv(n * triton.cdiv(n, 8) * 8, 16) * 16 for n in lengths)
-    return w_size, max(triton.cdiv(n, block) for n in lengths)
+    return sum(map(_w_elements, lengths)), max(triton.cdiv(n, block) for n in lengths)
 
 
 def _w_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -63,7 +63,7 @@ def attention_backward_dq(
     PAD: tl.constexpr = HALF != HALF_PAD
     q_offset = row_in_tile[:, None] * stride_qt + column[None, :]
     out_offset = row_in_tile[:, None] * stride_ot + column[None, :]
-    Q += head * stride_qh
+    Q += tl.cast(head, tl.int64) * stride_qh
     head_out = head * (2 * HALF)
     q = load_tile(Q, row_start, stride_qt, q_offset, row_in_tile, column_ok, num_tokens, True, PAD)
     out = load_tile(
@@ -77,8 +77,8 @@ def attention_backward_dq(
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(DELTA + statistic, delta, mask=is_real)
 
-    K += group * stride_kh
-    V += group * stride_vh
+    K += tl.cast(group, tl.int64) * stride_kh
+    V += tl.cast(group, tl.int64) * stride_vh
     dq = tl.zeros((ROWS, 2 * HALF_PAD), tl.float32)
     dq = _dq_over_keys(
         dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens,
@@ -156,15 +156,15 @@ def attention_backward_dkdv(
     PAD: tl.constexpr = HALF != HALF_PAD
     k_offset = key_in_tile[:, None] * stride_kt + column[None, :]
     v_offset = key_in_tile[:, None] * stride_vt + column[None, :]
-    K += group * stride_kh
-    V += group * stride_vh
+    K += tl.cast(group, tl.int64) * stride_kh
+    V += tl.cast(group, tl.int64) * stride_vh
     k = load_tile(K, key_start, stride_kt, k_offset, key_in_tile, column_ok, num_tokens, True, PAD)
     v = load_tile(V, key_start, stride_vt, v_offset, key_in_tile, column_ok, num_tokens, True, PAD)
     dk = tl.zeros((COLUMNS, 2 * HALF_PAD), tl.float32)
     dv = tl.zeros((COLUMNS, 2 * HALF_PAD), tl.float32)
     for member in range(HEADS_EACH):
         head = group * GROUP + split * HEADS_EACH + member
-        q_head = Q + head * stride_qh
+        q_head = Q + tl.cast(head, tl.int64) * stride_qh
         dout_head = DOUT + head * (2 * HALF)
         lse_head = LSE + tl.cast(head, tl.int64) * num_tokens
         delta_head = DELTA + tl.cast(head, tl.int64) * num_tokens

@@ -63,11 +63,10 @@ def attention_forward(
     column, column_ok = head_columns(HALF, HALF_PAD)
     PAD: tl.constexpr = HALF != HALF_PAD
     q_offset = row_in_tile[:, None] * stride_qt + column[None, :]
-    q = load_tile(
-        Q + head * stride_qh, row_start, stride_qt, q_offset, row_in_tile, column_ok, num_tokens, True, PAD
-    )
-    K += group * stride_kh
-    V += group * stride_vh
+    Q += tl.cast(head, tl.int64) * stride_qh
+    q = load_tile(Q, row_start, stride_qt, q_offset, row_in_tile, column_ok, num_tokens, True, PAD)
+    K += tl.cast(group, tl.int64) * stride_kh
+    V += tl.cast(group, tl.int64) * stride_vh
     acc = tl.zeros((ROWS, 2 * HALF_PAD), tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
     row_max = tl.full((ROWS,), -1e30, tl.float32)

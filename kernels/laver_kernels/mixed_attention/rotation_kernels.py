@@ -18,12 +18,12 @@ def rotate_queries_and_keys(
     c = tl.load(COS + row64 * HALF + frequency[None, :], mask=ok, other=1.0)
     s = tl.load(SIN + row64 * HALF + frequency[None, :], mask=ok, other=0.0)
     if head < HEADS:
-        source = Q + row64 * stride_qt + head * stride_qh + frequency[None, :]
+        source = Q + row64 * stride_qt + tl.cast(head, tl.int64) * stride_qh + frequency[None, :]
         target = Q_OUT + (row64 * HEADS + head) * (2 * HALF) + frequency[None, :]
         _rotate(source, target, c, s, ok, HALF)
     else:
         group = head - HEADS
-        source = K + row64 * stride_kt + group * stride_kh + frequency[None, :]
+        source = K + row64 * stride_kt + tl.cast(group, tl.int64) * stride_kh + frequency[None, :]
         target = K_OUT + (row64 * GROUPS + group) * (2 * HALF) + frequency[None, :]
         _rotate(source, target, c, s, ok, HALF)
 
