@@ -49,7 +49,7 @@ def poison():
 @pytest.fixture
 def bf16_interpreter(monkeypatch):
     """bf16 in the interpreter, repaired (see interpreter_bf16.py); nothing to do on a GPU."""
-    if not torch.cuda.is_available():
+    if HAS_TRITON and not torch.cuda.is_available():
         from interpreter_bf16 import repair
 
         repair(monkeypatch)
