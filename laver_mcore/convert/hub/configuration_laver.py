@@ -32,7 +32,8 @@ class LaverConfig(PreTrainedConfig):
     ) -> None:
         if not isinstance(text_config, Qwen2Config):
             text_config = Qwen2Config(**(text_config or {}))
-        self.text_config: Any = text_config
+        text: Any = text_config
+        self.text_config = text
         self.vision = vision
         self.vision_config = vision_config
         self.vision_layer = vision_layer
@@ -43,5 +44,5 @@ class LaverConfig(PreTrainedConfig):
         self.mrope_section = list(mrope_section)
         self.rope_2d = rope_2d
         self.mixed_attention = mixed_attention
-        kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        kwargs.setdefault("tie_word_embeddings", text.tie_word_embeddings)
         super().__init__(**kwargs)
