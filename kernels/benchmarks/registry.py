@@ -115,43 +115,50 @@ def attention_workload(
     )
 
 
+ATTENTION_SHAPES = [(1, 4096), (1, 8192), (1, 16384), (1, 32768), (2, 8192), (4, 8192), (4, 32768)]  # TP, T
+
+
 def attention_benchmarks() -> Iterator[Benchmark]:
-    shapes = [(1, num_tokens) for num_tokens in (4096, 8192, 16384, 32768)] + [
-        (2, 8192),
-        (4, 8192),
-        (4, 32768),
-    ]
     for mix, documents_of in MIXES.items():
-        for tensor_parallel, num_tokens in shapes:
+        for tensor_parallel, num_tokens in ATTENTION_SHAPES:
             if mix == "full" and num_tokens > 8192:
                 continue  # no recipe has an image of that size
+            heads = HEADS[tensor_parallel]
             yield Benchmark(
                 operation="mixed_attention",
                 case=f"{mix}, T={num_tokens}, TP={tensor_parallel}",
-                guard=lambda device, mix=mix, tp=tensor_parallel: _small_attention(mix, HEADS[tp], device),
-                build=lambda of=documents_of, t=num_tokens, tp=tensor_parallel: attention_workload(
-                    of(t), HEADS[tp], 128, rotate=False
+                guard=lambda device, mix=mix: _small_attention(mix, device),
+                build=lambda of=documents_of, t=num_tokens, heads=heads: attention_workload(
+                    of(t), heads, 128, rotate=False
                 ),
             )
+    five_images = many_image_documents(8192)
     yield Benchmark(
         operation="mixed_attention",
         case="five images with 2D-RoPE, T=8192, TP=1",
-        guard=lambda device: _small_attention("five images", HEADS[4], device, rotate=True),
-        build=lambda: attention_workload(many_image_documents(8192), HEADS[1], 128, rotate=True),
+        guard=lambda device: _small_attention("five images", device, rotate=True),
+        build=lambda: attention_workload(five_images, HEADS[1], 128, rotate=True),
     )
     yield Benchmark(
         operation="mixed_attention",
         case="five images, T=8192, 0.5B (14/2/64)",
-        guard=lambda device: _small_attention("five images", HEADS[2], device),
-        build=lambda: attention_workload(many_image_documents(8192), (14, 2), 64, rotate=False),
+        guard=lambda device: _small_attention("five images", device, head_dim=64),
+        build=lambda: attention_workload(five_images, (14, 2), 64, rotate=False),
     )
 
 
-def _small_attention(mix: str, heads: tuple[int, int], device: str, rotate: bool = False) -> Problem:
+def _small_attention(mix: str, device: str, rotate: bool = False, head_dim: int = 128) -> Problem:
+    """Seven query heads on one key head, as in the 7B model; an eighth of the head dimension on a CPU."""
+    on_cpu = device == "cpu"
     return attention_problem(
-        mix, SMALL_MIXES[mix], heads=(heads[0] // heads[1], 1), device=device, rotate=rotate,
-        head_dim=16 if device == "cpu" else 128, dtype=torch.float32 if device == "cpu" else BF16,
-    )  # fmt: skip
+        f"{mix}, rotated" if rotate else mix,
+        SMALL_MIXES[mix],
+        heads=(7, 1),
+        head_dim=head_dim // 8 if on_cpu else head_dim,
+        dtype=_guard_dtype(device),
+        device=device,
+        rotate=rotate,
+    )
 
 
 def gram_workload(lengths: tuple[int, ...], width: int) -> Workload:
