@@ -62,7 +62,7 @@ typecheck: setup ## mypy
 shellcheck: setup ## the shell scripts
 	@$(BIN)/shellcheck $(SHELL_SCRIPTS)
 
-aot: setup ## compile every kernel for NVIDIA and AMD GPUs, without one
+aot: setup ## compile every kernel for sm_80 and sm_90, without a GPU
 	@$(BIN)/python kernels/aot.py
 
 bench: setup ## measure the kernels on this machine's GPU

@@ -88,6 +88,7 @@ def build_topology(config: ParallelConfig, device: torch.device) -> Topology:
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.num_virtual_stages_per_pipeline_rank,
+        create_gloo_process_groups=device.type != "meta",  # a pretended world has nobody to connect to
     )
     if device.type == "cuda":
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

@@ -6,7 +6,6 @@ per question: key, image, question, expected, answer.
 
 import json
 import sys
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import tyro
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.load import from_recipe, resolve
 from laver_mcore.config.schema import Config, ParallelConfig
+from laver_mcore.console import refuse, silence_megatron
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,7 @@ def main() -> int:
     """Command line; returns the exit status, 2 for bad input."""
     from laver_mcore.data.errors import DataError
 
+    silence_megatron()
     arguments = tyro.cli(Arguments, description=__doc__)
     try:
         config = from_recipe(Path(arguments.checkpoint) / "config.yaml")
@@ -109,11 +110,9 @@ def main() -> int:
         )
         evaluate(arguments, resolve(replace(config, parallel=layout)))
     except (ConfigError, DataError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 2
+        return refuse("evaluate.py", error)
     return 0
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
     sys.exit(main())

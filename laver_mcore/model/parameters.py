@@ -54,11 +54,16 @@ def unwrap(model: torch.nn.Module) -> LaverModel:
     return model
 
 
-def freeze(chunks: list[LaverModel], patterns: tuple[str, ...], topology: Topology) -> list[tuple[str, int, int]]:
-    """Let only the parameters train whose global name matches one of `patterns`.
+Part = tuple[str, int, int]
+"""Part of the model, its parameters, and how many of them train; over all ranks, each parameter counted once."""
 
-    Returns (part of the model, parameters, of which trainable), counted once over all ranks. Raises `ConfigError`
-    for a pattern that matches nothing.
+
+def freeze_local(
+    chunks: list[LaverModel], patterns: tuple[str, ...], topology: Topology
+) -> tuple[list[str], list[Part]]:
+    """Let only the parameters train whose global name matches one of `patterns`, on this rank.
+
+    Returns all names, and the rank's contribution to the table of parts (tensor-parallel rank 0 speaks for all).
     """
     counts: dict[str, list[int]] = {}
     names = []
@@ -66,24 +71,38 @@ def freeze(chunks: list[LaverModel], patterns: tuple[str, ...], topology: Topolo
         trainable = any(fnmatch.fnmatchcase(item.name, pattern) for pattern in patterns)
         item.parameter.requires_grad_(trainable)
         names.append(item.name)
-        if item.owned:
+        if item.owned and topology.tp_rank == 0:
+            number = item.parameter.numel() * (topology.tp_size if item.sharded else 1)
             part = counts.setdefault(_part(item.name), [0, 0])
-            part[0] += item.parameter.numel()
-            part[1] += item.parameter.numel() if trainable else 0
-    gathered: list = [None] * topology.mp_group.size()
-    dist.all_gather_object(gathered, (names, counts), group=topology.mp_group)
-    all_names = sorted({name for rank_names, _ in gathered for name in rank_names})
+            part[0] += number
+            part[1] += number if trainable else 0
+    return names, [(name, total, trained) for name, (total, trained) in counts.items()]
+
+
+def merge_parts(contributions: list[tuple[list[str], list[Part]]], patterns: tuple[str, ...]) -> list[Part]:
+    """The whole table from what `freeze_local` gave on every rank of one model replica.
+
+    Raises `ConfigError` for a pattern that matches nothing.
+    """
+    all_names = sorted({name for names, _ in contributions for name in names})
     for pattern in patterns:
         if not fnmatch.filter(all_names, pattern):
             raise ConfigError(
                 f"trainable pattern {pattern!r} matches no parameter; nearest is {nearest(pattern, all_names)!r}"
             )
-    table: dict[str, list[int]] = {}
-    for _, rank_counts in gathered:
-        for part_name, (total, trained) in rank_counts.items():
-            row = table.setdefault(part_name, [0, 0])
+    merged: dict[str, list[int]] = {}
+    for _, parts in contributions:
+        for name, total, trained in parts:
+            row = merged.setdefault(name, [0, 0])
             row[0], row[1] = row[0] + total, row[1] + trained
-    return [(part_name, *row) for part_name, row in table.items()]  # type: ignore[misc]
+    return [(name, total, trained) for name, (total, trained) in merged.items()]
+
+
+def freeze(chunks: list[LaverModel], patterns: tuple[str, ...], topology: Topology) -> list[Part]:
+    """`freeze_local` on all ranks of this model replica, and the table of what trains."""
+    gathered: list = [None] * topology.mp_group.size()
+    dist.all_gather_object(gathered, freeze_local(chunks, patterns, topology), group=topology.mp_group)
+    return merge_parts(gathered, patterns)
 
 
 def _part(name: str) -> str:
@@ -91,7 +110,7 @@ def _part(name: str) -> str:
     return ".".join(pieces[:2]) if pieces[0] == "language_model" else pieces[0]
 
 
-def format_trainable(table: list[tuple[str, int, int]]) -> str:
+def format_trainable(table: list[Part]) -> str:
     """The table of what trains, as printed at the start of a run."""
     rows = [*table, ("total", sum(r[1] for r in table), sum(r[2] for r in table))]
     lines = [f"{'part':<34}{'parameters':>16}{'trainable':>16}"]

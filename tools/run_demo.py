@@ -1,0 +1,124 @@
+"""The demo, from nothing to a report: data, three stages with TP = 2, an LM-only run of equal steps, evaluation.
+
+    python tools/run_demo.py            about five minutes on two CPU cores
+    python tools/run_demo.py --short    a minute: everything runs, nothing is learned
+
+Every step is an ordinary command line, printed before it runs. Writes runs/demo/report.md, report.png, summary.json.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from laver_mcore.report import write_report
+
+CHANCE = 0.1
+"""Ten digits, equally frequent."""
+
+LM_ONLY = ("--no-laver", "--trainable", "connector.*", "language_model.*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Train, evaluate and report the demo."""
+
+    output: Path = Path("runs/demo")
+    """Folder of all runs and of the report; emptied first."""
+    data: Path = Path("data/demo")
+    """Folder of the demo's data; written if it is not there."""
+    tensor_model_parallel_size: int = 2
+    """Processes, each with half of every layer."""
+    short: bool = False
+    """A tenth of the steps, to see that everything runs."""
+
+
+def _run(*command: str) -> None:
+    shown = [Path(part).name if part == sys.executable else part for part in command]
+    print(f"\n$ {shlex.join(shown)}", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    subprocess.run(command, check=True, env=environment)
+
+
+def _torchrun(arguments: Arguments, *command: str) -> None:
+    ranks = str(arguments.tensor_model_parallel_size)
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
+    _run(*launcher, *command, "--tensor-model-parallel-size", ranks)
+
+
+def _train(arguments: Arguments, name: str, stage: int, *extra: str) -> Path:
+    save = arguments.output / name
+    steps = ("--train-iters", "20", "--lr-warmup-iters", "5") if arguments.short else ()
+    recipe = f"examples/demo/stage{stage}.yaml"
+    _torchrun(arguments, "pretrain_laver.py", "--config", recipe, "--save", str(save), *steps, *extra)
+    return save
+
+
+def _evaluate(arguments: Arguments, run: Path) -> Path:
+    answers = run / "answers.jsonl"
+    command = ("--checkpoint", str(run), "--data", str(arguments.data / "heldout.json"), "--output", str(answers))
+    _torchrun(arguments, "tools/evaluate.py", *command, "--max-new-tokens", "12")
+    return answers
+
+
+def digit_accuracy(answers: Path) -> float:
+    """Share of held-out digits answered right, each at its place; questions about photographs do not count."""
+    right = total = 0
+    for line in answers.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        expected, answer = row["expected"].split(), row["answer"].split()
+        if all(word.isdigit() for word in expected):
+            total += len(expected)
+            right += sum(a == b for a, b in zip(expected, answer, strict=False))
+    return right / total
+
+
+def run_demo(arguments: Arguments) -> dict[str, float]:
+    """Run everything; returns what summary.json holds."""
+    started = time.monotonic()
+    if not (arguments.data / "heldout.json").is_file():
+        pages = ("--pages", "1000", "--heldout", "20") if arguments.short else ()
+        _run(sys.executable, "tools/prepare_demo.py", "--output", str(arguments.data), *pages)
+    shutil.rmtree(arguments.output, ignore_errors=True)
+    align = _train(arguments, "stage1", 1)
+    laver = _train(arguments, "stage2", 2, "--pretrained-checkpoint", str(align))
+    final = _train(arguments, "stage3", 3, "--pretrained-checkpoint", str(laver))
+    lm_only = _train(arguments, "lm_only_stage2", 2, "--pretrained-checkpoint", str(align), *LM_ONLY)
+    lm_final = _train(arguments, "lm_only_stage3", 3, "--pretrained-checkpoint", str(lm_only))
+    answers, lm_answers = _evaluate(arguments, final), _evaluate(arguments, lm_final)
+    summary = {
+        "accuracy": digit_accuracy(answers),
+        "chance": CHANCE,
+        "lm_only_accuracy": digit_accuracy(lm_answers),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    (arguments.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    runs = {"LaVer": [align, laver, final], "LM only": [align, lm_only, lm_final]}
+    write_report(arguments.output, runs, answers, summary)
+    return summary
+
+
+def main() -> int:
+    """Command line; returns the exit status of the first step that failed, else 0."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    try:
+        summary = run_demo(arguments)
+    except subprocess.CalledProcessError as error:
+        print(f"run_demo.py: error: a step failed with exit status {error.returncode} (see above)", file=sys.stderr)
+        return 1
+    print(
+        f"\nper digit on held-out pages: LaVer {summary['accuracy']:.1%}, LM only {summary['lm_only_accuracy']:.1%}, "
+        f"chance {CHANCE:.0%}; {summary['seconds']:.0f} s\nreport: {arguments.output / 'report.md'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
