@@ -1,0 +1,1 @@
+"""Exported LaVer models under lmms-eval and VLMEvalKit."""
