@@ -1,0 +1,163 @@
+"""Pixels of every backend against transformers' processors, on pictures that readers disagree about."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from corpora import encode, hard_pictures, picture
+from PIL import Image
+from processors import PROCESSORS, build_processor, reference_pixels
+
+from laver_mcore.data import dali
+from laver_mcore.data.decode import decode_image
+from laver_mcore.data.errors import DataError
+from laver_mcore.data.image_backend import BACKENDS, GREY, WantedImage, make_backend
+from laver_mcore.data.image_source import LoadedImage
+from laver_mcore.data.images import PatchImageProcessor
+from laver_mcore.data.native import NativeImageProcessor
+from laver_mcore.data.pixel_settings import smart_resize
+
+# Bounds in normalised units (8-bit steps are 0.007 to 0.018): mean over an image, and largest of any pixel.
+BOUNDS = {
+    "pillow": (1e-6, 1e-5),
+    "torch_uint8": (0.0002, 0.04),
+    "dali": (0.004, 0.15),
+    "dali_two_pass": (0.0005, 0.06),
+}
+
+
+def wanted(name, data):
+    with Image.open(io.BytesIO(data)) as image:
+        return WantedImage(LoadedImage(name, data), *image.size)
+
+
+def need(backend):
+    if backend.startswith("dali"):
+        pytest.importorskip("nvidia.dali")
+
+
+@pytest.fixture(scope="module", params=PROCESSORS)
+def processor(request):
+    return request.param, build_processor(request.param)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pixels_agree_with_hugging_face(backend, processor):
+    need(backend)
+    name, ours = processor
+    pictures = hard_pictures()
+    images = [wanted(name, data) for name, data in pictures.items()]
+    pixels, failures = make_backend(backend, ours)(images)
+    assert failures == {}
+    expected = torch.cat([reference_pixels(name, data) for data in pictures.values()])
+    assert pixels.shape == expected.shape
+    error = (pixels - expected).abs()
+    mean, largest = BOUNDS[backend]
+    assert error.mean() < mean
+    assert error.max() < largest
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_damaged_images_come_out_grey_and_take_no_other_along(backend):
+    need(backend)
+    ours = build_processor("siglip")
+    good = wanted("good", encode(picture(50, 40)))
+    size = (50, 40)
+    bad = {
+        1: (encode(picture(50, 40))[:200], "cannot be decoded"),
+        2: (b"", "cannot be decoded"),
+        4: (b"<html>404</html>", "cannot be decoded"),
+        5: (encode(picture(40, 50)), "is 40 x 50 pixels, was 50 x 40 when it was indexed"),
+    }
+    images = [WantedImage(LoadedImage(f"bad{i}", bad[i][0]), *size) if i in bad else good for i in range(7)]
+    maker = make_backend(backend, ours)
+    pixels, failures = maker(images)
+    assert failures.keys() == bad.keys()
+    assert all(bad[i][1] in why and why.startswith(f"bad{i}") for i, why in failures.items())
+    alone, _ = maker([good])
+    grey = (GREY / 255 - 0.5) / 0.5
+    for number, image in enumerate(pixels):
+        if number in bad:
+            torch.testing.assert_close(image, torch.full_like(image, grey), atol=1e-5, rtol=0)
+        else:
+            assert torch.equal(image, alone[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["siglip", "qwen2-vl", "encoder-free"])
+def test_no_image_gives_an_empty_tensor_of_the_right_shape(backend, kind):
+    need(backend)
+    ours = (
+        PatchImageProcessor(image_size=32, patch_size=8) if kind == "encoder-free" else build_processor(kind)
+    )
+    maker = make_backend(backend, ours)
+    pixels, failures = maker([])
+    some, _ = maker([wanted("x", encode(picture()))])
+    assert len(pixels) == 0
+    assert pixels.shape[1:] == some.shape[1:]
+    assert failures == {}
+
+
+def test_encoder_free_patches_agree_over_backends():
+    ours = PatchImageProcessor(image_size=32, patch_size=8)
+    images = [wanted(name, data) for name, data in hard_pictures().items()]
+    expected, _ = make_backend("pillow", ours)(images)
+    got, _ = make_backend("torch_uint8", ours)(images)
+    assert (got - expected).abs().max() <= 2 / 127.5
+
+
+@pytest.mark.parametrize("name", hard_pictures())
+def test_dali_decodes_what_it_claims_to_bit_for_bit(name):
+    pytest.importorskip("nvidia.dali")
+    data = hard_pictures()[name]
+    (array,) = dali.decode([data], 2)
+    assert (array is not None) == dali.decodes(data)
+    assert dali.decodes(data) == (name.endswith(".jpg") or name in ("rgb.png", "grey.png", "palette.png"))
+    if array is not None:
+        assert np.array_equal(array, np.asarray(decode_image(data, name)))
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(1, 1), (28, 28), (200, 1), (4000, 3000), (31, 900), (57, 43), (1000, 5), (14, 2800)],
+)
+def test_smart_resize_is_transformers_own(width, height):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference
+
+    for bounds in ((56 * 56, 28 * 28 * 1280), (28 * 28, 200_000)):
+        assert smart_resize(width, height, 28, *bounds) == reference(height, width, 28, *bounds)
+
+
+def test_native_grids_are_the_pixels_own():
+    ours = build_processor("qwen2-vl")
+    assert isinstance(ours, NativeImageProcessor)
+    for width, height in ((640, 480), (61, 45), (24, 400)):
+        rows, columns = ours.grid(width, height)
+        pixels = ours([picture(width, height)])
+        assert pixels.shape == (rows * columns * ours.merge_size**2, ours.patch_dim)
+    with pytest.raises(DataError, match="longer than 200:1"):
+        ours.grid(1000, 4)
+
+
+@pytest.mark.parametrize(
+    ("backend", "missing", "message"),
+    [
+        ("opencv", False, "image_backend='opencv'; use one of pillow, torch_uint8, dali"),
+        ("dali", True, "needs NVIDIA DALI, which is not installed"),
+    ],
+)
+def test_unusable_backends(backend, missing, message, monkeypatch):
+    if missing:
+        monkeypatch.setattr(dali, "installed", lambda: False)
+    with pytest.raises(DataError, match=message):
+        make_backend(backend, build_processor("siglip"))
+
+
+def test_without_dali_pillow_decodes_for_torch(monkeypatch):
+    images = [wanted(name, data) for name, data in hard_pictures().items()]
+    ours = build_processor("siglip")
+    with_dali, _ = make_backend("torch_uint8", ours)(images)
+    monkeypatch.setattr(dali, "installed", lambda: False)
+    without, _ = make_backend("torch_uint8", ours)(images)
+    assert torch.equal(with_dali, without)
