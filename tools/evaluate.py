@@ -46,7 +46,7 @@ def evaluate(arguments: Arguments, config: Config) -> None:
 
     from laver_mcore import parallel
     from laver_mcore.build import build_image_processor, build_network, build_tokenizer, resolve_vocab_size
-    from laver_mcore.data.images import open_image
+    from laver_mcore.data.decode import open_image
     from laver_mcore.data.prompt import encode_prompt
     from laver_mcore.data.records import load_records
     from laver_mcore.generate import generate
