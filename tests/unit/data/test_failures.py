@@ -112,9 +112,7 @@ def exchange(ranks, steps):
 
 def test_too_many_failures_stop_the_run(tmp_path, hugging_face):
     path = write_llava(tmp_path, {f"{n}.jpg": encode(picture(seed=n))[:700] for n in range(40)})
-    data = build(path, hugging_face)
-    with pytest.raises(
-        DataError, match=r"cannot be decoded .*samples are bad, more than max_bad_fraction=0\.1"
-    ):
-        for step in range(20):
-            data.step_batches(step, **SIZES, image_share=(0, 1))
+    steps = build(path, hugging_face).iterate(0, 20, **SIZES, image_share=(0, 1))
+    message = r"cannot be decoded .*samples are bad, more than max_bad_fraction=0\.1"
+    with pytest.raises(DataError, match=message):
+        list(steps)
