@@ -19,12 +19,14 @@ from laver_mcore.convert.safetensors_directory import open_weights
 from laver_mcore.convert.weights import load_hf_weights
 from laver_mcore.data.images import FixedImageProcessor, ImageProcessor, PatchImageProcessor
 from laver_mcore.data.loader import DialogueData
+from laver_mcore.data.native import native_processor
 from laver_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from laver_mcore.engine import Engine, Network
 from laver_mcore.model.initialize import initialize
 from laver_mcore.model.inputs import AttentionGeometry
 from laver_mcore.model.laver import LaverModel
 from laver_mcore.model.layer_spec import transformer_config
+from laver_mcore.model.native_encoders import NATIVE
 from laver_mcore.model.parameters import freeze, unwrap
 from laver_mcore.model.teacher import Teacher
 from laver_mcore.model.vision_encoders import read_patch_size
@@ -54,6 +56,8 @@ def build_image_processor(config: Config) -> ImageProcessor | None:
     if vision.vision == "encoder-free":
         return PatchImageProcessor(image_size=vision.image_size, patch_size=vision.patch_size)
     assert vision.vision_path is not None
+    if vision.vision in NATIVE:
+        return native_processor(vision.vision, vision.vision_path)
     return FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
 
 
@@ -98,7 +102,9 @@ def build_chunks(config: Config, topology: Topology, vocab_size: int) -> list[La
     return [LaverModel(config, mcore, topology, vocab_size, vp_stage=stage) for stage in stages]
 
 
-def finalize_grads(models: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **groups: object) -> None:
+def finalize_grads(
+    models: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **groups: object
+) -> None:
     """Megatron's gradient reductions, then the sum over TP for parameters that saw a share of the images each.
 
     `num_tokens` is Megatron's own divisor; here losses are divided by their global counts before the backward.
@@ -129,7 +135,8 @@ def _wrap(config: Config, chunks: list[LaverModel]) -> list[DistributedDataParal
     )
     mcore = chunks[0].config
     models = [
-        DistributedDataParallel(mcore, settings, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+        DistributedDataParallel(mcore, settings, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
     ]
     mcore.finalize_model_grads_func = finalize_grads
     if parallel.overlap_grad_reduce:

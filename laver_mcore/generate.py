@@ -59,7 +59,8 @@ def _features(
     if processor is None or not topology.on_first_stage:
         return None
     start, stop = image_shares(len(images), topology.tp_size)[topology.tp_rank]
-    return network.chunks[0].encode_images(processor(images[start:stop]).to(topology.device))
+    grids = [processor.grid(*image.size) for image in images[start:stop]]
+    return network.chunks[0].encode_images(processor(images[start:stop]).to(topology.device), grids)
 
 
 def generate(
@@ -98,7 +99,9 @@ def _forward(network: Network, samples: list[EncodedSample], features: torch.Ten
     """One pass over packed `samples`; the next token of each on the last stage, zeros elsewhere."""
     topology = network.topology
     lengths = np.array([len(sample) for sample in samples])
-    total = -(-int(lengths.sum()) // network.config.data.pad_to_multiple) * network.config.data.pad_to_multiple
+    total = (
+        -(-int(lengths.sum()) // network.config.data.pad_to_multiple) * network.config.data.pad_to_multiple
+    )
     batch = collate(samples, [""] * len(samples), total_length=total, pad_id=0)
     inputs = student_inputs(
         batch,

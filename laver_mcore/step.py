@@ -21,6 +21,7 @@ from laver_mcore.model.inputs import (
     ModelInputs,
     num_student_rows,
     num_teacher_rows,
+    share_grids,
     student_inputs,
     teacher_inputs,
 )
@@ -118,9 +119,14 @@ def _frozen_features(batches: Sequence[Batch], engine: Engine) -> list[torch.Ten
     encoder = model.vision_encoder
     if encoder is None or any(p.requires_grad for p in encoder.parameters()):
         return [None] * len(batches)
-    device = engine.topology.device
+    topology = engine.topology
     return [
-        None if batch.pixels is None else model.encode_images(batch.pixels.to(device, non_blocking=True))
+        None
+        if batch.pixels is None
+        else model.encode_images(
+            batch.pixels.to(topology.device, non_blocking=True),
+            share_grids(batch, topology.tp_size)[topology.tp_rank],
+        )
         for batch in batches
     ]
 
@@ -133,7 +139,9 @@ def _teacher_targets(
     # All ranks of one model replica hold the same batches, so they agree on skipping the pass.
     if teacher is None or not any(batch.num_images for batch in batches):
         return [None] * len(batches)
-    rows = even_rows([num_teacher_rows(batch, engine.config.data.pad_to_multiple) for batch in batches], engine)
+    rows = even_rows(
+        [num_teacher_rows(batch, engine.config.data.pad_to_multiple) for batch in batches], engine
+    )
     items = [
         teacher_inputs(batch, num_rows, **_input_settings(engine), features=feature)
         for batch, num_rows, feature in zip(batches, rows, features, strict=True)
@@ -207,7 +215,9 @@ def train_step(engine: Engine, batches: Sequence[Batch], knobs: Knobs) -> StepRe
             masked_rows_M=torch.from_numpy(np.flatnonzero(mask if mask is not None else [])).to(device),
             teacher_NK=target,
         )
-        for batch, mask, num_rows, feature, target in zip(batches, masks, rows, features, targets, strict=True)
+        for batch, mask, num_rows, feature, target in zip(
+            batches, masks, rows, features, targets, strict=True
+        )
     ]
 
     def losses_of(item: _MicroBatch, output: LaverOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -278,7 +288,12 @@ def check_teacher_moved(distance: float, knobs: Knobs, student_moved: bool) -> N
 
     The released ZeRO-3 code averages empty shards and never notices; here it stops the run.
     """
-    if knobs.update_teacher and student_moved and 1.0 - knobs.momentum > MIN_EXPECTED_MOVE and distance == 0.0:
+    if (
+        knobs.update_teacher
+        and student_moved
+        and 1.0 - knobs.momentum > MIN_EXPECTED_MOVE
+        and distance == 0.0
+    ):
         raise TeacherError(
             f"iteration {knobs.iteration + 1}: the teacher did not move at momentum {knobs.momentum:.4f} although the "
             "student has; its averages are not connected to the optimizer's weights"

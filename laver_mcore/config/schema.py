@@ -47,7 +47,9 @@ class ModelConfig:
 class VisionConfig:
     """Visual path: a transformers tower at fixed resolution, or encoder-free patches."""
 
-    vision: Literal["none", "encoder-free", "siglip", "clip", "dinov2"] = "siglip"
+    vision: Literal["none", "encoder-free", "siglip", "clip", "dinov2", "aimv2", "qwen2-vl", "qwen2.5-vl"] = (
+        "siglip"
+    )
     """Kind of visual path; siglip serves fixed-resolution SigLIP2 too, none trains on text alone."""
     vision_path: str | None = None
     """Hugging Face directory with the tower's config, weights and preprocessor_config.json."""

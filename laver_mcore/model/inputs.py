@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from laver_kernels import Intervals, rope_table
 
+from laver_kernels import Intervals, rope_table
 from laver_mcore.data.batch import Batch
 from laver_mcore.data.layout import SequenceLayout, concatenate, reconstruction_layout
 from laver_mcore.data.loader import image_shares
@@ -19,7 +19,7 @@ from laver_mcore.model.mixed_attention import PackedLayout
 class ModelInputs:
     """One pass over [dialogue | reconstruction]; either part may be empty.
 
-    On ranks that do not encode images `pixels` is None. `share_counts` are the visual tokens that each
+    On ranks that do not encode images `pixels` is None. `share_counts` (and grids) are the visual tokens that each
     tensor-parallel rank of the first stage contributes, in image order.
     """
 
@@ -32,6 +32,7 @@ class ModelInputs:
     pixels: torch.Tensor | None
     features: torch.Tensor | None
     share_counts: tuple[int, ...]
+    share_grids: tuple[tuple[tuple[int, int], ...], ...]
     reconstruct: bool
     masked_N: torch.Tensor | None
 
@@ -87,6 +88,11 @@ def _share_counts(batch: Batch, tp_size: int) -> tuple[int, ...]:
     return tuple(sum(tokens[start:stop]) for start, stop in image_shares(len(tokens), tp_size))
 
 
+def share_grids(batch: Batch, tp_size: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Token grids of the images that each tensor-parallel rank encodes."""
+    return tuple(batch.image_grids[start:stop] for start, stop in image_shares(batch.num_images, tp_size))
+
+
 def num_student_rows(batch: Batch, reconstruct: bool, pad_to_multiple: int) -> int:
     """Rows of the student's pass over one micro-batch: the dialogue, and the padded reconstruction sequence."""
     visual = len(batch.visual_rows_N) if reconstruct else 0
@@ -123,6 +129,7 @@ def student_inputs(
         pixels=None if batch.pixels is None else batch.pixels.to(device, non_blocking=True),
         features=features,
         share_counts=_share_counts(batch, tp_size),
+        share_grids=share_grids(batch, tp_size),
         reconstruct=masked_N is not None,
         masked_N=None if masked_N is None else torch.from_numpy(masked_N).to(device, non_blocking=True),
     )
@@ -149,6 +156,7 @@ def teacher_inputs(
         pixels=None if batch.pixels is None else batch.pixels.to(device, non_blocking=True),
         features=features,
         share_counts=_share_counts(batch, tp_size),
+        share_grids=share_grids(batch, tp_size),
         reconstruct=True,
         masked_N=None,
     )

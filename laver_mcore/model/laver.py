@@ -9,6 +9,7 @@ One pass covers the packed dialogue and, behind it, the packed reconstruction se
 Shapes: T dialogue rows, N visual tokens, S rows of the whole pass, D width, K latent width, V vocabulary shard.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from laver_mcore.model.connector import Connector
 from laver_mcore.model.image_sharing import gather_shares
 from laver_mcore.model.inputs import ModelInputs
 from laver_mcore.model.layer_spec import decoder_spec
+from laver_mcore.model.native_encoders import NATIVE, NativeEncoder, build_native_encoder
 from laver_mcore.model.vision_encoders import PatchEmbedder, VisionEncoder, build_vision_encoder
 from laver_mcore.model.vision_head import VisionHead
 from laver_mcore.parallel import Topology
@@ -52,7 +54,12 @@ class LaverModel(MegatronModule):
     """One pipeline chunk of the model; which parts it holds follows from its place in the pipeline."""
 
     def __init__(
-        self, config: Config, mcore: TransformerConfig, topology: Topology, vocab_size: int, vp_stage: int | None = None
+        self,
+        config: Config,
+        mcore: TransformerConfig,
+        topology: Topology,
+        vocab_size: int,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=mcore)
         last_chunk = vp_stage is None or vp_stage == topology.num_chunks - 1
@@ -66,7 +73,9 @@ class LaverModel(MegatronModule):
         self.language_model = GPTModel(
             mcore,
             decoder_spec(mcore, config.train.transformer_impl, config.train.kernels, vp_stage),
-            vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, topology.tp_size),
+            vocab_size=padded_vocab_size(
+                vocab_size, config.model.make_vocab_size_divisible_by, topology.tp_size
+            ),
             max_sequence_length=config.data.seq_length,
             pre_process=self.pre_process,
             post_process=self.post_process,
@@ -76,7 +85,7 @@ class LaverModel(MegatronModule):
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
-        self.vision_encoder: VisionEncoder | None = None
+        self.vision_encoder: VisionEncoder | NativeEncoder | None = None
         kind = dict(dtype=mcore.params_dtype, device=device)
         if self.pre_process and config.vision.vision != "none":
             self._build_visual_path(config, kind)
@@ -90,6 +99,16 @@ class LaverModel(MegatronModule):
         hidden = vision.connector_hidden_size or width
         if vision.vision == "encoder-free":
             self.connector: torch.nn.Module = PatchEmbedder(vision.patch_size, hidden, width, **kind)
+        elif vision.vision in NATIVE:
+            assert vision.vision_path is not None
+            self.vision_encoder = build_native_encoder(
+                vision.vision,
+                path=vision.vision_path,
+                random_init=vision.vision_random_init,
+                seed=config.train.seed,
+                **kind,
+            )
+            self.connector = Connector(self.vision_encoder.hidden_size, hidden, width, **kind)
         else:
             self.vision_encoder = build_vision_encoder(
                 vision.vision,
@@ -126,17 +145,19 @@ class LaverModel(MegatronModule):
             return self.language_model.shared_embedding_or_output_weight()
         return self.language_model.output_layer.weight
 
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, pixels: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
         """This rank's share of pixels -> features [n, E] before the connector (patches themselves if encoder-free)."""
         if self.vision_encoder is None:
             return pixels
+        if isinstance(self.vision_encoder, NativeEncoder):
+            return self.vision_encoder(pixels, grids)
         return self.vision_encoder(pixels).flatten(0, 1)
 
     def _visual_tokens(self, inputs: ModelInputs) -> torch.Tensor:
         features = inputs.features
         if features is None:
             assert inputs.pixels is not None
-            features = self.encode_images(inputs.pixels)
+            features = self.encode_images(inputs.pixels, inputs.share_grids[self.tp_group.rank()])
         local_nD = self.connector(features.to(self.config.params_dtype))
         return gather_shares(local_nD, inputs.share_counts, self.tp_group)
 

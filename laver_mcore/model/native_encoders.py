@@ -1,0 +1,195 @@
+"""Towers at native resolution: every image keeps its shape, all images of a micro-batch run as one packed
+sequence.
+
+    patches [P, C t p p] -> Qwen2-VL, Qwen2.5-VL (window attention inside), 2 x 2 merger -> [n, E]
+    patches [P, C p p]   -> AIMv2 (native checkpoints), a token per patch                -> [n, E]
+
+Positions inside the tower come from each image's true grid, and no image sees another. Shapes: P patches of
+all images, n visual tokens, E width of a token, t frames and p pixels of a patch side, m patches of a merged
+side.
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Grids = Sequence[tuple[int, int]]
+
+
+class _Tower(NamedTuple):
+    package: str  # of transformers.models
+    model: str  # its classes
+    config: str
+    model_types: tuple[str, ...]  # `model_type` of a whole checkpoint and of its vision half
+    prefix: str  # of the tower's weights inside a whole checkpoint
+
+
+NATIVE: dict[str, _Tower] = {
+    "qwen2-vl": _Tower(
+        "qwen2_vl",
+        "Qwen2VisionTransformerPretrainedModel",
+        "Qwen2VLVisionConfig",
+        ("qwen2_vl", "qwen2_vl_vision"),
+        "visual.",
+    ),
+    "qwen2.5-vl": _Tower(
+        "qwen2_5_vl",
+        "Qwen2_5_VisionTransformerPretrainedModel",
+        "Qwen2_5_VLVisionConfig",
+        ("qwen2_5_vl", "qwen2_5_vl_vision"),
+        "visual.",
+    ),
+    "aimv2": _Tower(
+        "aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", ("aimv2", "aimv2_vision_model"), "vision_model."
+    ),
+}
+
+
+class NativeEncoder(nn.Module):
+    """Base of both: `encode` for images; for none, an empty result with every parameter in the graph."""
+
+    hidden_size: int
+    tower: Any
+
+    def forward(self, pixels_PX: torch.Tensor, grids: Grids) -> torch.Tensor:
+        """Patches of images with these token grids (rows, columns) -> visual tokens [n, E], row by row."""
+        if not grids:
+            nothing = torch.cat([parameter.flatten()[:0] for parameter in self.parameters()])
+            return nothing.reshape(0, self.hidden_size)
+        return self.encode(pixels_PX.to(next(self.parameters()).dtype), grids)
+
+    def encode(self, pixels_PX: torch.Tensor, grids: Grids) -> torch.Tensor:
+        """`forward` for at least one image."""
+        raise NotImplementedError
+
+
+class QwenEncoder(NativeEncoder):
+    """The vision tower of Qwen2-VL or Qwen2.5-VL with its merger (arXiv 2409.12191, 2502.13923)."""
+
+    def __init__(self, tower: Any) -> None:
+        super().__init__()
+        self.tower = tower
+        self.merge_size: int = tower.spatial_merge_size
+        self.hidden_size = getattr(tower.config, "out_hidden_size", None) or tower.config.hidden_size
+
+    def encode(self, pixels_PX: torch.Tensor, grids: Grids) -> torch.Tensor:
+        merge = self.merge_size
+        grid_thw = torch.tensor([(1, rows * merge, columns * merge) for rows, columns in grids])
+        return self.tower(pixels_PX, grid_thw=grid_thw.to(pixels_PX.device)).pooler_output
+
+
+class Aimv2Encoder(NativeEncoder):
+    """AIMv2 with sinusoidal positions (arXiv 2411.14402), its own modules run on a packed sequence.
+
+    transformers' forward takes images of one size; the parts are the same, with the positions of each grid
+    and attention within each image.
+    """
+
+    def __init__(self, tower: Any) -> None:
+        super().__init__()
+        if not tower.config.is_native:
+            raise ValueError("this AIMv2 tower has positions for one size only; use a native checkpoint")
+        self.hidden_size = tower.config.hidden_size
+        if tower.use_head:
+            tower.use_head = False
+            del tower.head
+        self.tower = tower
+
+    def encode(self, pixels_PX: torch.Tensor, grids: Grids) -> torch.Tensor:
+        embeddings = self.tower.embeddings
+        kernel = embeddings.patch_embed
+        hidden_PE = F.linear(pixels_PX, kernel.weight.flatten(1), kernel.bias)
+        hidden_PE = embeddings.rms_norm(hidden_PE)
+        hidden_PE = hidden_PE + torch.cat([_sinusoids(grid, self.hidden_size) for grid in grids]).to(
+            hidden_PE
+        )
+        bounds = [0, *itertools.accumulate(rows * columns for rows, columns in grids)]
+        outputs = []
+        # Image by image: a dense mask over all of them would cost the square of the whole.
+        for start, stop in itertools.pairwise(bounds):
+            outputs.append(self.tower.encoder(inputs_embeds=hidden_PE[None, start:stop]).last_hidden_state[0])
+        return self.tower.rms_norm(torch.cat(outputs))
+
+
+def _sinusoids(grid: tuple[int, int], width: int) -> torch.Tensor:
+    """AIMv2's fixed positions [rows * columns, width]: sin and cos of the column, then of the row."""
+    frequency = 1.0 / 10000.0 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    column, row = columns.flatten()[:, None] * frequency, rows.flatten()[:, None] * frequency
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
+
+
+def build_native_encoder(
+    kind: str,
+    *,
+    path: str | Path,
+    random_init: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> NativeEncoder:
+    """Build a tower from a Hugging Face directory; ValueError if directory and kind disagree."""
+    spec = NATIVE[kind]
+    package = f"transformers.models.{spec.package}"
+    config_class = getattr(import_module(f"{package}.configuration_{spec.package}"), spec.config)
+    model_class = getattr(import_module(f"{package}.modeling_{spec.package}"), spec.model)
+    settings = config_class(**read_native_config(path, kind))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        meta = torch.device(device).type == "meta"
+        with torch.device("meta" if meta else "cpu"):
+            tower = model_class(settings).to(dtype)
+    encoder: NativeEncoder = Aimv2Encoder(tower) if kind == "aimv2" else QwenEncoder(tower)
+    if not random_init and not meta:
+        _load_weights(encoder, Path(path), spec)
+    return encoder.to(device)
+
+
+def read_native_config(path: str | Path, kind: str) -> dict[str, Any]:
+    """The tower's settings in `path/config.json`, whole checkpoint or vision half; ValueError for another
+    model.
+    """
+    file = Path(path) / "config.json"
+    try:
+        whole = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{file}: no such file; vision_path must be a Hugging Face directory") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: broken JSON ({error})") from None
+    wanted = NATIVE[kind].model_types
+    if whole.get("model_type") not in wanted:
+        names = " or ".join(map(repr, wanted))
+        raise ValueError(f"{file}: model_type={whole.get('model_type')!r}, vision={kind} wants {names}")
+    return dict(whole.get("vision_config", whole))
+
+
+def _load_weights(encoder: NativeEncoder, path: Path, spec: _Tower) -> None:
+    """Fill the tower from the directory's safetensors, whole checkpoint or tower alone."""
+    from safetensors import SafetensorError, safe_open
+
+    wanted = dict(encoder.tower.named_parameters())
+    found = set()
+    files = sorted(path.glob("*.safetensors"))
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened, torch.no_grad():
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                    own = name.removeprefix("model.").removeprefix(spec.prefix)
+                    if own in wanted:
+                        wanted[own].copy_(opened.get_tensor(name))
+                        found.add(own)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ValueError(f"{file}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    missing = sorted(set(wanted) - found)
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} weights of the vision tower are missing, {missing[0]!r} among them; "
+            "use a checkpoint that holds the tower, or vision_random_init"
+        )
