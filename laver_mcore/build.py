@@ -90,7 +90,7 @@ def resolve_vocab_size(config: Config, tokenizer: Tokenizer) -> int:
         return tokenizer.vocab_size
     if tokenizer.vocab_size > wanted:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {wanted}; use its own tokenizer"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, vocab_size is {wanted}; use the model's own tokenizer"
         )
     return wanted
 

@@ -255,7 +255,9 @@ def _restore_rng(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def load_weights(chunks: list[LaverModel], config: Config, vocab_size: int, directory: str | Path) -> list[str]:
+def load_weights(
+    chunks: list[LaverModel], config: Config, vocab_size: int, directory: str | Path
+) -> list[str]:
     """Start from another run's weights (`--pretrained-checkpoint`), before the optimizer is built.
 
     Returns the names of parts that it does not have and that keep their fresh values; only LaVer's own (and the

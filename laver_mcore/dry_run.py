@@ -117,8 +117,12 @@ def dry_run(config: Config) -> int:
         rows.append(rank_memory(config, topology, vocab_size))
     parallel.shut_down()
     table = merge_parts([contribution for _, contribution in rows], config.train.trainable)
-    print(f"{config.model.model}: {len(data.samples):,} dialogues, {data.rows_per_epoch(0):,} packed rows an epoch")
-    print(f"TP {config.parallel.tensor_model_parallel_size} x PP {len(rows)} x DP {dp_size}; this dry run trains nothing")
+    print(
+        f"{config.model.model}: {len(data.samples):,} dialogues, {data.rows_per_epoch(0):,} packed rows an epoch"
+    )
+    print(
+        f"TP {config.parallel.tensor_model_parallel_size} x PP {len(rows)} x DP {dp_size}; this dry run trains nothing"
+    )
     print()
     print(format_trainable(table))
     print("\nmemory per rank in GiB (activations estimated)")

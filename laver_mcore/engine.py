@@ -1,6 +1,7 @@
 """The objects of a run, wired once by `build` and handed to whoever works with them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -19,7 +20,7 @@ class Network:
 
     config: Config
     topology: Topology
-    models: list[torch.nn.Module]
+    models: list[Any]
     """This rank's pipeline chunks; in Megatron's data-parallel wrapper while training."""
     geometry: AttentionGeometry
     vocab_size: int

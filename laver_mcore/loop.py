@@ -51,7 +51,9 @@ def _after(state: RunState, result: StepResult, knobs: Knobs, engine: Engine) ->
     )
 
 
-def metrics_row(state: RunState, result: StepResult, knobs: Knobs, engine: Engine, seconds: float) -> dict[str, Any]:
+def metrics_row(
+    state: RunState, result: StepResult, knobs: Knobs, engine: Engine, seconds: float
+) -> dict[str, Any]:
     """The metrics line of one iteration; quantities that do not exist in this run are null."""
     laver = engine.config.laver
     counts = dict(zip(COUNTS, result.counts.tolist(), strict=True))

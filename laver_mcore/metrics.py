@@ -13,7 +13,9 @@ from laver_mcore.config.schema import Config
 _SCALARS = ("loss", "lm_loss", "mim_loss", "gram_loss", "visual_similarity", "teacher_distance", "grad_norm")
 
 
-def format_iteration_line(row: dict[str, Any], train_iters: int, global_batch_size: int, seconds: float) -> str:
+def format_iteration_line(
+    row: dict[str, Any], train_iters: int, global_batch_size: int, seconds: float
+) -> str:
     """One line in Megatron's form: ` iteration 10/ 100 | ... | lm loss: 1.2E+00 | grad norm: 0.5 |`."""
     parts = [
         f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {row['iteration']:8d}/{train_iters:8d}",
@@ -53,7 +55,9 @@ class Metrics:
         self._wandb: Any = None
         total = config.train.train_iters
         self._bar = (
-            tqdm(total=total, initial=start_iteration, unit="it", dynamic_ncols=True) if sys.stderr.isatty() else None
+            tqdm(total=total, initial=start_iteration, unit="it", dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
         )
         if config.run.save:
             directory = Path(config.run.save)
@@ -64,7 +68,9 @@ class Metrics:
             if config.run.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=start_iteration + 1)
+                self._tensorboard = SummaryWriter(
+                    str(directory / "tensorboard"), purge_step=start_iteration + 1
+                )
         if config.run.wandb_project:
             import wandb
 

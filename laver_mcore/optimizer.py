@@ -64,7 +64,9 @@ def apply_gradients(optimizer: MegatronOptimizer) -> tuple[float, bool]:
 
 def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [p for p in parts if isinstance(p, DistributedOptimizer) and not getattr(p, "is_stub_optimizer", False)]
+    return [
+        p for p in parts if isinstance(p, DistributedOptimizer) and not getattr(p, "is_stub_optimizer", False)
+    ]
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:

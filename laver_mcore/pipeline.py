@@ -9,7 +9,12 @@ from laver_mcore.engine import Network
 
 
 def run_pipeline(
-    network: Network, items: Sequence[Any], rows: Sequence[int], step: Callable[..., Any], *, forward_only: bool
+    network: Network,
+    items: Sequence[Any],
+    rows: Sequence[int],
+    step: Callable[..., Any],
+    *,
+    forward_only: bool,
 ) -> list[Any]:
     """Megatron's schedule for this layout over `items` of so many `rows`; returns what the last stage collected.
 

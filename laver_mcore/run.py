@@ -53,9 +53,13 @@ def check_save_folder(config: Config) -> None:
         old = yaml.safe_load(recipe.read_text(encoding="utf-8"))
         difference = first_difference(old, yaml.safe_load(to_yaml(config)))
     if difference is not None:
-        raise ConfigError(f"{directory} holds a run of another recipe ({difference}); choose another --save folder")
+        raise ConfigError(
+            f"{directory} holds a run of another recipe ({difference}); choose another --save folder"
+        )
     if config.run.load is None or Path(config.run.load).resolve() != directory.resolve():
-        raise ConfigError(f"{directory} already holds a run; resume it with --load {directory}, or choose another --save")
+        raise ConfigError(
+            f"{directory} already holds a run; resume it with --load {directory}, or choose another --save"
+        )
 
 
 def _resume(engine: Engine, config: Config, fingerprint: str) -> Progress:
@@ -120,7 +124,9 @@ def _announce(engine: Engine, num_samples: int, report: Any) -> None:
         format_trainable(report.trainable),
     ]
     if report.fresh:
-        lines.append(f"not in {config.run.pretrained_checkpoint}, freshly initialised: {', '.join(report.fresh)}")
+        lines.append(
+            f"not in {config.run.pretrained_checkpoint}, freshly initialised: {', '.join(report.fresh)}"
+        )
     _say("\n".join(lines), topology.is_last_rank)
 
 
@@ -128,5 +134,3 @@ def _kernels(config: Config, device_type: str) -> str:
     if config.train.kernels != "auto":
         return config.train.kernels
     return "triton" if device_type == "cuda" else "reference (no GPU)"
-
-

@@ -7,7 +7,17 @@ import numpy as np
 import sentencepiece
 from PIL import Image
 
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|endoftext|>", "\n")
+SPECIAL = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|image_pad|>",
+    "<|vision_end|>",
+    "<|endoftext|>",
+    "\n",
+)
+WORDS = ["red", "green", "blue", "dark", "bright", "left", "right", "up", "down"]
+WORDS += ["one", "two", "three", "many", "few"]
 IMAGE_SIZE, PATCH_SIZE = 32, 8  # 4 x 4 visual tokens an image
 
 
@@ -29,10 +39,9 @@ def write_tokenizer(path: Path, sentences: list[str]) -> None:
 
 
 def write_sample_data(directory: Path, num_samples: int = 48) -> Path:
-    """LLaVA JSON with images, tokenizer beside it: dialogues with no, one and two images. Returns the JSON's path."""
+    """LLaVA JSON with images, tokenizer beside it: dialogues with no, one and two images."""
     directory.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
-    words = "red green blue dark bright left right up down one two three many few".split()
     records = []
     for index in range(num_samples):
         num_images = (1, 2, 0, 1)[index % 4]
@@ -42,21 +51,24 @@ def write_sample_data(directory: Path, num_samples: int = 48) -> Path:
             name = f"{index:03d}_{image}.png"
             Image.fromarray(pixels).resize((40, 40)).save(directory / name)
             names.append(name)
-        question = "<image>\n" * num_images + " ".join(generator.choice(words, 3 + index % 5))
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": " ".join(generator.choice(words, 4))}]
+        question = "<image>\n" * num_images + " ".join(generator.choice(WORDS, 3 + index % 5))
+        turns = [
+            {"from": "human", "value": question},
+            {"from": "gpt", "value": " ".join(generator.choice(WORDS, 4))},
+        ]
         record: dict = {"id": f"sample-{index:03d}", "conversations": turns}
         if names:
             record["image"] = names if len(names) > 1 else names[0]
         records.append(record)
     (directory / "train.json").write_text(json.dumps(records), encoding="utf-8")
-    write_tokenizer(directory / "tokenizer.model", [" ".join(words)] * 10 + ["You are a helpful assistant."])
+    write_tokenizer(directory / "tokenizer.model", [" ".join(WORDS)] * 10 + ["You are a helpful assistant."])
     return directory / "train.json"
 
 
 def _write_text_rows(directory: Path) -> None:
     """Rows without any image beside rows with one: a rank may see no image while others do."""
     records = json.loads((directory / "train.json").read_text(encoding="utf-8"))
-    words = "red green blue dark bright left right up down one two three many few".split() * 3
+    words = WORDS * 3
     texts = [
         {
             "id": f"text-{index}",

@@ -1,4 +1,6 @@
-"""Answer the questions of a LLaVA JSON file with a trained run: `torchrun tools/evaluate.py --checkpoint DIR --data FILE`.
+"""Answer the questions of a LLaVA JSON file with a trained run.
+
+    torchrun tools/evaluate.py --checkpoint DIR --data FILE --output ANSWERS.jsonl
 
 Each question of a dialogue is answered by itself after the right answers to the ones before it. Writes one JSON line
 per question: key, image, question, expected, answer.
@@ -63,7 +65,9 @@ def evaluate(arguments: Arguments, config: Config) -> None:
         if turn.role == "assistant"
     ]
     rows = []
-    for start in tqdm(range(0, len(questions), arguments.batch_size), disable=not topology.is_last_rank, unit="batch"):
+    for start in tqdm(
+        range(0, len(questions), arguments.batch_size), disable=not topology.is_last_rank, unit="batch"
+    ):
         part = questions[start : start + arguments.batch_size]
         prompts, images = [], []
         for sample, index in part:

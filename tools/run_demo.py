@@ -63,7 +63,14 @@ def _train(arguments: Arguments, name: str, stage: int, *extra: str) -> Path:
 
 def _evaluate(arguments: Arguments, run: Path) -> Path:
     answers = run / "answers.jsonl"
-    command = ("--checkpoint", str(run), "--data", str(arguments.data / "heldout.json"), "--output", str(answers))
+    command = (
+        "--checkpoint",
+        str(run),
+        "--data",
+        str(arguments.data / "heldout.json"),
+        "--output",
+        str(answers),
+    )
     _torchrun(arguments, "tools/evaluate.py", *command, "--max-new-tokens", "12")
     return answers
 
@@ -111,7 +118,10 @@ def main() -> int:
     try:
         summary = run_demo(arguments)
     except subprocess.CalledProcessError as error:
-        print(f"run_demo.py: error: a step failed with exit status {error.returncode} (see above)", file=sys.stderr)
+        print(
+            f"run_demo.py: error: a step failed with exit status {error.returncode} (see above)",
+            file=sys.stderr,
+        )
         return 1
     print(
         f"\nper digit on held-out pages: LaVer {summary['accuracy']:.1%}, LM only {summary['lm_only_accuracy']:.1%}, "

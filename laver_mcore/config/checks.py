@@ -33,7 +33,9 @@ def _check_model(config: Config) -> None:
         f"ffn_hidden_size={model.ffn_hidden_size} is not divisible by tensor_model_parallel_size={tp}; "
         f"use {_divisors(model.ffn_hidden_size)}",
     )
-    _require(heads % groups == 0, f"num_attention_heads={heads} is not a multiple of num_query_groups={groups}")
+    _require(
+        heads % groups == 0, f"num_attention_heads={heads} is not a multiple of num_query_groups={groups}"
+    )
     chunks = pp * (parallel.num_virtual_stages_per_pipeline_rank or 1)
     _require(
         layers % chunks == 0,
@@ -76,13 +78,18 @@ def _check_parallel(config: Config) -> None:
 
 def _check_objective(config: Config) -> None:
     laver, vision = config.laver, config.vision
-    _require(not laver.laver or vision.vision != "none", "laver=true needs a visual path; set vision, or laver=false")
+    _require(
+        not laver.laver or vision.vision != "none",
+        "laver=true needs a visual path; set vision, or laver=false",
+    )
     for name in ("mask_ratio", "momentum", "ema_ratio", "center_momentum"):
         value = getattr(laver, name)
         _require(0.0 <= value <= 1.0, f"{name}={value} is not between 0 and 1")
     for name in ("student_temperature", "teacher_temperature"):
         _require(getattr(laver, name) > 0.0, f"{name}={getattr(laver, name)} must be positive")
-    _require(laver.ema_steps is None or laver.ema_steps >= 1, f"ema_steps={laver.ema_steps} must be at least 1")
+    _require(
+        laver.ema_steps is None or laver.ema_steps >= 1, f"ema_steps={laver.ema_steps} must be at least 1"
+    )
     tower = vision.vision not in ("none", "encoder-free")
     _require(
         not tower or vision.vision_path is not None,
@@ -107,7 +114,10 @@ def _check_run(config: Config) -> None:
         "hf_path and pretrained_checkpoint both give the starting weights: give one of them",
     )
     _require(bool(config.data.data_path), "data_path is empty; give one or more JSON or JSONL files")
-    _require(config.data.tokenizer_model is not None, "tokenizer_model is missing; give a directory or a .model file")
+    _require(
+        config.data.tokenizer_model is not None,
+        "tokenizer_model is missing; give a directory or a .model file",
+    )
 
 
 def check(config: Config) -> None:

@@ -44,11 +44,15 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
     recipe = read_recipe(path.parent / base) if base else {}
     for section, values in raw.items():
         if section not in _SECTIONS:
-            raise ConfigError(f"{path}: unknown section {section!r}; did you mean {nearest(section, list(_SECTIONS))!r}?")
+            raise ConfigError(
+                f"{path}: unknown section {section!r}; did you mean {nearest(section, list(_SECTIONS))!r}?"
+            )
         names = [f.name for f in fields(_SECTIONS[section]())]  # type: ignore[operator]
         for name in values or {}:
             if name not in names:
-                raise ConfigError(f"{path}: unknown key {section}.{name}; did you mean {nearest(name, names)!r}?")
+                raise ConfigError(
+                    f"{path}: unknown key {section}.{name}; did you mean {nearest(name, names)!r}?"
+                )
         recipe.setdefault(section, {}).update(values or {})
     return recipe
 
@@ -61,7 +65,9 @@ def _build_section(section: str, values: dict[str, Any]) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([section, *(str(part) for part in first["loc"])])
-        raise ConfigError(f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        raise ConfigError(
+            f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        ) from None
 
 
 def from_recipe(path: str | Path) -> Config:
@@ -128,7 +134,9 @@ def _check_flags(args: list[str]) -> list[str]:
         if arg.startswith("--"):
             name = arg[2:].split("=", 1)[0].replace("-", "_")
             if name not in known:
-                raise ConfigError(f"unknown flag {arg}; did you mean --{nearest(name, sorted(known)).replace('_', '-')}?")
+                raise ConfigError(
+                    f"unknown flag {arg}; did you mean --{nearest(name, sorted(known)).replace('_', '-')}?"
+                )
     return args
 
 

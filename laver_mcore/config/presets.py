@@ -69,9 +69,13 @@ def fill_from_preset(config: ModelConfig, shape: dict[str, Any] | None = None) -
     """
     if config.model not in PRESETS:
         near = difflib.get_close_matches(config.model, PRESETS, 1, 0.0)
-        raise ValueError(f"model={config.model!r} is no preset; did you mean {near[0]!r}? ({', '.join(PRESETS)})")
+        raise ValueError(
+            f"model={config.model!r} is no preset; did you mean {near[0]!r}? ({', '.join(PRESETS)})"
+        )
     preset = PRESETS[config.model] if shape is None else shape
-    missing = {f.name: preset[f.name] for f in fields(config) if f.name in preset and getattr(config, f.name) is None}
+    missing = {
+        f.name: preset[f.name] for f in fields(config) if f.name in preset and getattr(config, f.name) is None
+    }
     config = replace(config, **missing)
     if config.kv_channels is None:
         assert config.hidden_size is not None

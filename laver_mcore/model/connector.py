@@ -1,5 +1,7 @@
 """From visual features to the decoder's width."""
 
+from typing import Any
+
 import torch
 
 
@@ -10,7 +12,7 @@ class Connector(torch.nn.Module):
         self, input_size: int, hidden_size: int, output_size: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        kind = dict(dtype=dtype, device=device)
+        kind: dict[str, Any] = dict(dtype=dtype, device=device)
         self.layers = torch.nn.Sequential(
             torch.nn.Linear(input_size, hidden_size, **kind),
             torch.nn.GELU(),

@@ -10,7 +10,9 @@ class _GatherShares(torch.autograd.Function):
     """All-gather of unequal shares; backward keeps this rank's slice, for every rank receives the same gradient."""
 
     @staticmethod
-    def forward(ctx: Any, local_nD: torch.Tensor, counts: tuple[int, ...], group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(
+        ctx: Any, local_nD: torch.Tensor, counts: tuple[int, ...], group: dist.ProcessGroup
+    ) -> torch.Tensor:
         rank = group.rank()
         ctx.start, ctx.count = sum(counts[:rank]), counts[rank]
         longest = max(counts)

@@ -23,7 +23,9 @@ def use_transformer_engine(transformer_impl: str) -> bool:
     """Whether layers come from Transformer Engine; `ValueError` when it is demanded and missing."""
     installed = importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
     if transformer_impl == "transformer_engine" and not installed:
-        raise ValueError("transformer_impl=transformer_engine, but it is not installed here (or there is no GPU)")
+        raise ValueError(
+            "transformer_impl=transformer_engine, but it is not installed here (or there is no GPU)"
+        )
     return installed and transformer_impl != "local"
 
 

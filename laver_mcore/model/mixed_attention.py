@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from laver_kernels import Intervals, mixed_attention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from laver_kernels import Intervals, mixed_attention
 
 
 @dataclass
@@ -35,7 +36,7 @@ class MixedAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: Any,
         attention_type: str,
-        impl: str = "auto",
+        impl: Any = "auto",
         **_: Any,
     ) -> None:
         super().__init__(config=config)

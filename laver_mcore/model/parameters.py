@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,8 @@ class NamedParameter:
 def named_parameters(chunks: list[LaverModel], topology: Topology) -> Iterator[NamedParameter]:
     """Every parameter of this rank's chunks with its global name (layers counted over the whole model)."""
     for chunk in chunks:
-        layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+        decoder: Any = chunk.decoder
+        layers = [layer.layer_number - 1 for layer in decoder.layers]
         for local, parameter in chunk.named_parameters():
             name = local
             prefix = "language_model.decoder.layers."
@@ -47,7 +49,7 @@ def named_parameters(chunks: list[LaverModel], topology: Topology) -> Iterator[N
             )
 
 
-def unwrap(model: torch.nn.Module) -> LaverModel:
+def unwrap(model: Any) -> LaverModel:
     """The `LaverModel` inside Megatron's data-parallel wrapper."""
     while not isinstance(model, LaverModel):
         model = model.module

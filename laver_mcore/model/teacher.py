@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-from laver_kernels import ema_update_
 
+from laver_kernels import ema_update_
 from laver_mcore.model.laver import LaverModel
 from laver_mcore.model.parameters import named_parameters
 from laver_mcore.parallel import Topology
@@ -30,15 +30,14 @@ class Teacher:
     def __init__(self, chunks: list[LaverModel], topology: Topology, kernels: str = "auto") -> None:
         self._topology = topology
         self._kernels = kernels
-        self._items = [
-            item for item in named_parameters(chunks, topology) if item.name.startswith(AVERAGED)
-        ]
+        self._items = [item for item in named_parameters(chunks, topology) if item.name.startswith(AVERAGED)]
         self.averages: dict[torch.nn.Parameter, torch.Tensor] = {
             item.parameter: item.parameter.detach().float().clone() for item in self._items
         }
         # In fp32 the average computes itself; in bf16 its rounded copy does.
         self._compute: dict[torch.nn.Parameter, torch.Tensor] = {
-            p: average if p.dtype == torch.float32 else average.to(p.dtype) for p, average in self.averages.items()
+            p: average if p.dtype == torch.float32 else average.to(p.dtype)
+            for p, average in self.averages.items()
         }
 
     @property
@@ -60,7 +59,9 @@ class Teacher:
                 parameter.data = student
 
     @torch.no_grad()
-    def update(self, masters: Iterable[tuple[torch.nn.Parameter, torch.Tensor]], momentum: float) -> torch.Tensor:
+    def update(
+        self, masters: Iterable[tuple[torch.nn.Parameter, torch.Tensor]], momentum: float
+    ) -> torch.Tensor:
         """Move towards the fp32 `masters` by `1 - momentum`; returns the length of the move over the whole model."""
         squares = torch.zeros((), dtype=torch.float64, device=self._topology.device)
         owned = {item.parameter for item in self._items if item.owned}
@@ -72,7 +73,11 @@ class Teacher:
                 squares += torch.linalg.vector_norm(master - average, dtype=torch.float64).square()
             copy = self._compute[parameter]
             ema_update_(
-                average, master, momentum, None if copy is average else copy, impl=self._kernels  # type: ignore[arg-type]
+                average,
+                master,
+                momentum,
+                None if copy is average else copy,
+                impl=self._kernels,  # type: ignore[arg-type]
             )
         dist.all_reduce(squares, group=self._topology.mp_group)
         return (1.0 - momentum) * squares.sqrt()

@@ -1,5 +1,7 @@
 """The head that reads reconstructions out of the decoder's last hidden state."""
 
+from typing import Any
+
 import torch
 
 
@@ -11,7 +13,7 @@ class VisionHead(torch.nn.Module):
 
     def __init__(self, width: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        kind = dict(dtype=dtype, device=device)
+        kind: dict[str, Any] = dict(dtype=dtype, device=device)
         self.layers = torch.nn.Sequential(
             torch.nn.Linear(width, hidden_size, **kind),
             torch.nn.GELU(),

@@ -1,6 +1,7 @@
 """Gram loss: visual tokens may not grow more alike than the teacher's (CGA), or must be as alike (GA)."""
 
 import torch
+
 from laver_kernels import gram_loss
 
 

@@ -1,6 +1,7 @@
 """Masked latent reconstruction (MIM): the student's masked tokens against the teacher's sight of them."""
 
 import torch
+
 from laver_kernels import latent_cross_entropy
 
 

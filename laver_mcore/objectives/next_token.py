@@ -1,9 +1,9 @@
 """Language-model loss: next-token cross-entropy over the supervised rows."""
 
 import torch
-from laver_kernels import linear_cross_entropy
 from torch.distributed import ProcessGroup
 
+from laver_kernels import linear_cross_entropy
 from laver_mcore.data.batch import Batch
 from laver_mcore.model.laver import LaverOutput
 

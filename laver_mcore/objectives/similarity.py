@@ -12,7 +12,9 @@ def similarity_sum(visual_ND: torch.Tensor, image_lengths: tuple[int, ...]) -> t
     """
     unit_ND = F.normalize(visual_ND.float(), dim=-1)
     lengths = torch.tensor(image_lengths, dtype=torch.int64)
-    image_N = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(unit_ND.device, non_blocking=True)
+    image_N = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(
+        unit_ND.device, non_blocking=True
+    )
     sums_ID = unit_ND.new_zeros(len(lengths), unit_ND.shape[1]).index_add(0, image_N, unit_ND)
     count_I = lengths.to(unit_ND.device, dtype=torch.float32, non_blocking=True)
     pairs_I = (count_I * (count_I - 1)).clamp(min=1)

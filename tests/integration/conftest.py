@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from integration.harness import Scenario, run_scenarios
 from sample_run import write_recipe, write_sample_data
+
+from integration.harness import Scenario, run_scenarios
 
 ITERATIONS = 5
 

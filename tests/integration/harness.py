@@ -31,9 +31,23 @@ def environment() -> dict[str, str]:
 
 def torchrun(num_ranks: int, *argv: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node num_ranks argv...` with a rendezvous of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), *argv]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(num_ranks),
+        *argv,
+    ]
     return subprocess.run(
-        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        command,
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 

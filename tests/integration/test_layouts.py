@@ -3,10 +3,19 @@
 import math
 
 import pytest
+
 from integration.conftest import FIRST_HALF, LAYOUTS, SECOND_HALF, VARIANT_LAYOUTS, VARIANTS
 from integration.harness import read_checkpoint, read_metrics
 
-QUANTITIES = ("loss", "lm_loss", "mim_loss", "gram_loss", "grad_norm", "teacher_distance", "visual_similarity")
+QUANTITIES = (
+    "loss",
+    "lm_loss",
+    "mim_loss",
+    "gram_loss",
+    "grad_norm",
+    "teacher_distance",
+    "visual_similarity",
+)
 
 
 def assert_same_curves(got, wanted, tolerance=1e-4):
@@ -62,7 +71,9 @@ def test_resume_is_bitwise(runs, first):
 
 @pytest.mark.parametrize(("first", "second"), [(a, b) for a, bs in SECOND_HALF.items() for b in bs if a != b])
 def test_resume_under_another_layout(runs, first, second):
-    assert_same_curves(read_metrics(runs / f"resumed-{first}-{second}"), read_metrics(runs / f"whole-{first}")[4:])
+    assert_same_curves(
+        read_metrics(runs / f"resumed-{first}-{second}"), read_metrics(runs / f"whole-{first}")[4:]
+    )
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2_tp2_sp_distributed"])
