@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-learn>=1.6", "scikit-image>=0.25", "matplotlib>=3.10"],
+        "data": ["nvidia-dali-cuda130==2.4.0", "pyarrow>=26.0"],
         "wandb": ["wandb"],
         "triton": ["triton>=3.6"],
     },

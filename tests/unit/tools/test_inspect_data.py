@@ -28,7 +28,7 @@ def test_masked_tokens_are_red_and_others_are_not(tool):
 class Letters:
     """One character a token; id 0 is the visual token."""
 
-    class special:  # noqa: N801 - the attribute's name
+    class special:
         image_pad = 0
 
     def decode(self, ids, *, skip_special_tokens=True):
