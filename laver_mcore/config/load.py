@@ -45,13 +45,15 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
     for section, values in raw.items():
         if section not in _SECTIONS:
             raise ConfigError(
-                f"{path}: unknown section {section!r}; did you mean {nearest(section, list(_SECTIONS))!r}?"
+                f"{path}: unknown section {section!r}; did you mean {nearest(str(section), list(_SECTIONS))!r}?"
             )
+        if values is not None and not isinstance(values, dict):
+            raise ConfigError(f"{path}: section {section} must be a mapping, got {type(values).__name__}")
         names = [f.name for f in fields(_SECTIONS[section]())]  # type: ignore[operator]
         for name in values or {}:
             if name not in names:
                 raise ConfigError(
-                    f"{path}: unknown key {section}.{name}; did you mean {nearest(name, names)!r}?"
+                    f"{path}: unknown key {section}.{name}; did you mean {nearest(str(name), names)!r}?"
                 )
         recipe.setdefault(section, {}).update(values or {})
     return recipe

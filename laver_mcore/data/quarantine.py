@@ -28,10 +28,10 @@ class Quarantine:
     def add_unusable(self, bad: Iterable[tuple[str, str]], total: int) -> None:
         """List what the index left out; DataError when that is more than the allowed fraction of `total`."""
         found = list(bad)
+        if len(found) > self._max_fraction * total:  # the run has not begun: it leaves nothing behind
+            raise DataError(self._too_many(found[0][1], len(found), total))
         for where, reason in found:
             self._list(where, reason)
-        if len(found) > self._max_fraction * total:
-            raise DataError(self._too_many(found[0][1], len(found), total))
 
     def add_failure(self, key: str, reason: str) -> None:
         """List a sample whose image failed during the run; DataError when they become too many."""

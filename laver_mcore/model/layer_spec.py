@@ -14,16 +14,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.schema import Config
 from laver_mcore.model.mixed_attention import MixedAttention
 from laver_mcore.model.norm import RMSNorm
 
 
 def use_transformer_engine(transformer_impl: str) -> bool:
-    """Whether layers come from Transformer Engine; `ValueError` when it is demanded and missing."""
+    """Whether layers come from Transformer Engine; `ConfigError` when it is demanded and missing."""
     installed = importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
     if transformer_impl == "transformer_engine" and not installed:
-        raise ValueError(
+        raise ConfigError(
             "transformer_impl=transformer_engine, but it is not installed here (or there is no GPU)"
         )
     return installed and transformer_impl != "local"

@@ -20,6 +20,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from laver_mcore.config.checks import ConfigError
+
 Select = Literal["patch", "cls_patch"]
 
 
@@ -68,9 +70,9 @@ class VisionEncoder(nn.Module):
         super().__init__()
         spec = _spec(kind)
         if select not in ("patch", "cls_patch"):
-            raise ValueError(f"vision_select={select!r}; use 'patch' or 'cls_patch'")
+            raise ConfigError(f"vision_select={select!r}; use 'patch' or 'cls_patch'")
         if select == "cls_patch" and not spec.has_cls:
-            raise ValueError(f"vision_select='cls_patch', but {kind} has no CLS token; use 'patch'")
+            raise ConfigError(f"vision_select='cls_patch', but {kind} has no CLS token; use 'patch'")
         config: Any = tower.config
         self.kind = kind
         self.hidden_size: int = config.hidden_size
@@ -95,7 +97,7 @@ class VisionEncoder(nn.Module):
         """
         num_images, _, height, width = pixels_I3HW.shape
         if self.kind != "dinov2" and (height, width) != (self.image_size, self.image_size):
-            raise ValueError(
+            raise ConfigError(
                 f"images of {height} x {width} pixels, but this {self.kind} tower takes {self.image_size} x "
                 f"{self.image_size}; use the image processor of the tower's own directory"
             )
@@ -169,7 +171,7 @@ def build_vision_encoder(
     else:
         if config is None:
             if path is None:
-                raise ValueError(
+                raise ConfigError(
                     f"a {kind} tower needs vision_path, a Hugging Face directory with its config.json"
                 )
             config = read_config(path, kind)
@@ -190,9 +192,9 @@ def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     try:
         whole = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
-        raise ValueError(f"{file}: no such file; vision_path must be a Hugging Face directory") from None
+        raise ConfigError(f"{file}: no such file; vision_path must be a Hugging Face directory") from None
     except ValueError as error:
-        raise ValueError(f"{file}: broken JSON ({error})") from None
+        raise ConfigError(f"{file}: broken JSON ({error})") from None
     found = whole.get("model_type")
     kinds = [kind] if kind is not None else list(_TOWERS)
     wanted = [name for each in kinds for name in _spec(each).model_types]
@@ -203,7 +205,7 @@ def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
             if others
             else f"supported are {', '.join(_TOWERS)} at fixed resolution"
         )
-        raise ValueError(f"{file}: model_type={found!r}, wanted {' or '.join(map(repr, wanted))}; {fix}")
+        raise ConfigError(f"{file}: model_type={found!r}, wanted {' or '.join(map(repr, wanted))}; {fix}")
     return dict(whole.get("vision_config", whole))
 
 
@@ -219,7 +221,7 @@ def read_patch_size(path: str | Path) -> int:
 
 def _spec(kind: str) -> _Tower:
     if kind not in _TOWERS:
-        raise ValueError(f"vision={kind!r} is not a vision tower; use one of {', '.join(_TOWERS)}")
+        raise ConfigError(f"vision={kind!r} is not a vision tower; use one of {', '.join(_TOWERS)}")
     return _TOWERS[kind]
 
 
@@ -235,10 +237,10 @@ def _from_pretrained(model_class: Any, path: Path, dtype: torch.dtype) -> nn.Mod
         )
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: cannot be loaded ({reason}); weights must be safetensors files") from None
+        raise ConfigError(f"{path}: cannot be loaded ({reason}); weights must be safetensors files") from None
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueError(
+        raise ConfigError(
             f"{path}: {len(missing)} weights of the vision tower are missing, {missing[0]!r} among them; "
             "use a checkpoint that holds the tower, or vision_random_init"
         )
@@ -250,7 +252,7 @@ def _cut(tower: Any, spec: _Tower, layer: int) -> None:
     """Shorten `tower` in place until its `last_hidden_state` is the wanted state and nothing is unused."""
     layers = getattr(tower.encoder, spec.layers)
     if not -len(layers) <= layer <= -1:
-        raise ValueError(
+        raise ConfigError(
             f"vision_layer={layer}, but the tower has {len(layers)} layers; use -{len(layers)} to -1"
         )
     setattr(tower.encoder, spec.layers, layers[: len(layers) + layer + 1])

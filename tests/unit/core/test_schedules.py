@@ -1,0 +1,117 @@
+"""Schedules against the formulas of the LaVer paper, written out a second time and by hand."""
+
+from dataclasses import replace
+from math import cos, pi
+
+import pytest
+
+from laver_mcore import schedules
+from laver_mcore.config.schema import Config, LaverConfig, OptimizerConfig, TrainConfig
+
+TOTAL = 1000
+
+# Strategy, final ratio r, iteration of 1000 -> mask ratio.
+MASK_RATIOS = {
+    "cosine_start": ("cosine", 0.05, 0, 0.0),
+    "cosine_eighth": ("cosine", 0.05, 125, 0.05 * (1 - cos(pi / 8)) / 2),
+    "cosine_third": ("cosine", 0.3, 333, 0.3 * (1 - cos(pi * 0.333)) / 2),
+    "cosine_half": ("cosine", 0.05, 500, 0.025),
+    "cosine_last": ("cosine", 0.05, 999, 0.05 * (1 - cos(pi * 0.999)) / 2),
+    "constant_start": ("constant", 0.05, 0, 0.0),
+    "constant_before_the_eighth": ("constant", 0.05, 124, 0.0),
+    "constant_at_the_eighth": ("constant", 0.05, 125, 0.05),
+    "constant_last": ("constant", 0.05, 999, 0.05),
+}
+
+# Strategy, initial momentum m, iteration of 1000 -> momentum.
+MOMENTA = {
+    "cosine_start": ("cosine", 0.95, 0, 0.95),
+    "cosine_quarter": ("cosine", 0.95, 250, 1 - 0.05 * (1 + cos(pi / 4)) / 2),
+    "cosine_half": ("cosine", 0.95, 500, 0.975),
+    "cosine_half_of_another": ("cosine", 0.999, 500, 0.9995),
+    "cosine_end": ("cosine", 0.95, 1000, 1.0),
+    "constant_start": ("constant", 0.9, 0, 0.9),
+    "constant_end": ("constant", 0.9, 999, 0.9),
+}
+
+# Style, warm-up iterations, minimum, iteration of 1000 -> learning rate; the peak is 2.
+LEARNING_RATES = {
+    "first_warm_up_step": ("cosine", 100, 0.0, 0, 2.0 * 1 / 100),
+    "middle_of_the_warm_up": ("cosine", 100, 0.0, 49, 2.0 * 50 / 100),
+    "last_warm_up_step": ("cosine", 100, 0.0, 99, 2.0),
+    "cosine_peak": ("cosine", 100, 0.0, 100, 2.0),
+    "cosine_half": ("cosine", 100, 0.0, 550, 1.0),
+    "cosine_quarter_to_a_minimum": ("cosine", 0, 0.5, 250, 0.5 + 1.5 * (1 + cos(pi / 4)) / 2),
+    "cosine_end": ("cosine", 100, 0.5, 1000, 0.5),
+    "cosine_beyond_the_end": ("cosine", 100, 0.5, 1200, 0.5),
+    "linear_peak": ("linear", 200, 0.0, 200, 2.0),
+    "linear_half": ("linear", 200, 0.0, 600, 1.0),
+    "linear_to_a_minimum": ("linear", 0, 1.0, 750, 1.25),
+    "constant_warm_up": ("constant", 10, 0.0, 4, 1.0),
+    "constant": ("constant", 10, 0.0, 999, 2.0),
+    "no_warm_up": ("cosine", 0, 0.0, 0, 2.0),
+    "nothing_but_warm_up": ("cosine", 1000, 0.0, 1000, 2.0),
+}
+
+# Iterations of the run, ema_ratio, ema_steps -> iterations between two moves.
+EMA_STEPS = {
+    "paper": (6250, 0.02, None, 125),
+    "rounds_down": (99, 0.02, None, 1),
+    "short_run": (10, 0.02, None, 1),
+    "none_of_the_run": (1000, 0.0, None, 1),
+    "explicit_wins": (6250, 0.02, 7, 7),
+}
+
+
+@pytest.mark.parametrize(("strategy", "ratio", "iteration", "wanted"), MASK_RATIOS.values(), ids=MASK_RATIOS)
+def test_mask_ratio(strategy, ratio, iteration, wanted):
+    config = LaverConfig(mask_strategy=strategy, mask_ratio=ratio)
+    assert schedules.mask_ratio(config, iteration, TOTAL) == pytest.approx(wanted, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize(("strategy", "start", "iteration", "wanted"), MOMENTA.values(), ids=MOMENTA)
+def test_momentum(strategy, start, iteration, wanted):
+    config = LaverConfig(momentum_strategy=strategy, momentum=start)
+    assert schedules.momentum(config, iteration, TOTAL) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("style", "warmup", "minimum", "iteration", "wanted"), LEARNING_RATES.values(), ids=LEARNING_RATES
+)
+def test_learning_rate(style, warmup, minimum, iteration, wanted):
+    config = OptimizerConfig(lr=2.0, min_lr=minimum, lr_decay_style=style, lr_warmup_iters=warmup)
+    assert schedules.learning_rate(config, iteration, TOTAL) == pytest.approx(wanted, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize(("total", "ratio", "steps", "wanted"), EMA_STEPS.values(), ids=EMA_STEPS)
+def test_ema_steps(total, ratio, steps, wanted):
+    assert schedules.ema_steps(LaverConfig(ema_ratio=ratio, ema_steps=steps), total) == wanted
+
+
+def test_teacher_moves_after_every_third_step():
+    config = Config(laver=LaverConfig(laver=True, ema_steps=3), train=TrainConfig(train_iters=10))
+    moves = [schedules.at(config, iteration).update_teacher for iteration in range(10)]
+    assert [iteration + 1 for iteration, moved in enumerate(moves) if moved] == [3, 6, 9]
+
+
+def test_without_laver_nothing_is_masked_and_no_teacher_moves():
+    config = Config(laver=LaverConfig(laver=False, ema_steps=1), train=TrainConfig(train_iters=10))
+    knobs = [schedules.at(config, iteration) for iteration in range(10)]
+    assert {(k.mask_ratio, k.momentum, k.update_teacher) for k in knobs} == {(0.0, 1.0, False)}
+
+
+def test_knobs_are_the_four_schedules():
+    """`at` is what the loop asks: every knob from its own schedule, over the whole run."""
+    config = Config(
+        laver=LaverConfig(laver=True, mask_ratio=0.2, momentum=0.9),
+        optimizer=OptimizerConfig(lr=1e-3, lr_warmup_iters=5),
+    )
+    config = replace(config, train=TrainConfig(train_iters=40))
+    for iteration in range(40):
+        knobs = schedules.at(config, iteration)
+        decay = iteration / 40
+        assert knobs.iteration == iteration
+        assert knobs.mask_ratio == pytest.approx(0.1 * (1 - cos(pi * decay)))
+        assert knobs.momentum == pytest.approx(1 - 0.05 * (1 + cos(pi * decay)))
+        rate = (iteration + 1) / 5 if iteration < 5 else (1 + cos(pi * (iteration - 5) / 35)) / 2
+        assert knobs.learning_rate == pytest.approx(1e-3 * rate)
