@@ -23,15 +23,17 @@ from laver_mcore.convert.decoder import (
 )
 from laver_mcore.convert.distributed_checkpoint import CheckpointReader
 from laver_mcore.convert.errors import ConversionError
-from laver_mcore.convert.hub.modeling_laver import TOWERS
+from laver_mcore.convert.hub.towers_laver import NATIVE_TOWERS, TOWERS
 from laver_mcore.convert.safetensors_directory import TensorToWrite, read_json, write_safetensors
 from laver_mcore.convert.tokenizer_export import export_tokenizer
 from laver_mcore.data.images import FixedImageProcessor
+from laver_mcore.data.native import native_settings_of
 from laver_mcore.data.tokenizer import Tokenizer
+from laver_mcore.model.native_encoders import read_native_config
 from laver_mcore.model.vision_encoders import read_config, read_patch_size
 
 HUB = Path(__file__).parent / "hub"
-_CODE = ("configuration_laver.py", "modeling_laver.py", "processing_laver.py")
+_CODE = ("configuration_laver.py", "modeling_laver.py", "processing_laver.py", "towers_laver.py")
 _VISUAL = ("connector.", "vision_encoder.")
 
 
@@ -77,10 +79,10 @@ def export_run(
 
 def _check_supported(config: Config) -> None:
     vision = config.vision
-    if vision.vision != "encoder-free" and vision.vision not in TOWERS:
+    known = ["encoder-free", *TOWERS, *NATIVE_TOWERS]
+    if vision.vision not in known:
         raise ConversionError(
-            f"vision={vision.vision} cannot be exported whole; use {', '.join(['encoder-free', *TOWERS])}, "
-            "or --decoder-only"
+            f"vision={vision.vision} cannot be exported whole, only {', '.join(known)}; use --decoder-only"
         )
     if vision.vision_select != "patch":
         raise ConversionError(f"vision_select={vision.vision_select} cannot be exported, only patch")
@@ -99,11 +101,13 @@ def _visual_tensors(reader: CheckpointReader, dtype: torch.dtype) -> list[Tensor
     ]
 
 
-def _grid(config: Config) -> list[int]:
-    """Rows and columns of visual tokens of every image."""
+def _grid(config: Config) -> list[int] | None:
+    """Rows and columns of visual tokens of every image; None where each has its own."""
     vision = config.vision
     if vision.vision == "encoder-free":
         return [vision.image_size // vision.patch_size] * 2
+    if vision.vision in NATIVE_TOWERS:
+        return None
     assert vision.vision_path is not None
     processor = FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
     return list(processor.grid(0, 0))
@@ -116,9 +120,8 @@ def model_config(config: Config, vocab_size: int, image_token_id: int, dtype: to
     tower: dict[str, Any] = {}
     if vision.vision != "encoder-free":
         assert vision.vision_path is not None
-        tower = dict(
-            vision_config=read_config(vision.vision_path, vision.vision), vision_layer=vision.vision_layer
-        )
+        read = read_native_config if vision.vision in NATIVE_TOWERS else read_config
+        tower = dict(vision_config=read(vision.vision_path, vision.vision), vision_layer=vision.vision_layer)
     return {
         "model_type": "laver",
         "architectures": ["LaverForConditionalGeneration"],
@@ -149,6 +152,8 @@ def processor_config(config: Config) -> dict[str, Any]:
     if vision.vision != "encoder-free":
         assert vision.vision_path is not None
         settings = dict(tower=read_json(Path(vision.vision_path) / "preprocessor_config.json"))
+        if vision.vision in NATIVE_TOWERS:
+            settings = dict(tower=native_settings_of(vision.vision, vision.vision_path))
     return {
         "image_processor_type": "LaverImageProcessor",
         "processor_class": "LaverProcessor",

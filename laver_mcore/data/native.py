@@ -74,28 +74,31 @@ class NativeImageProcessor:
 
 
 def native_processor(kind: str, path: str | Path) -> NativeImageProcessor:
-    """The processor of a tower's directory.
+    """The processor of a tower's directory."""
+    return NativeImageProcessor(native_settings_of(kind, path))
+
+
+def native_settings_of(kind: str, path: str | Path) -> dict[str, Any]:
+    """Settings of Qwen2-VL's image processor for a tower's directory.
 
     Published AIMv2 directories have CLIP's processor, which crops to one size. Their mean and deviation are
     kept, and images go through Qwen2-VL's rules: both sides a multiple of the patch, the area between
     `min_pixels` and `max_pixels` of preprocessor_config.json (4 to 1,024 patches where it does not say).
     """
-    if kind != "aimv2":
-        return NativeImageProcessor(path)
     given, where = preprocessor_config(path)
+    if kind != "aimv2":
+        return {"merge_size": 2, **given}
     if "image_mean" not in given or "image_std" not in given:
         raise DataError(f"{where}: image_mean or image_std is missing; use the file that came with the tower")
     tower = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
     patch = int(tower.get("vision_config", tower).get("patch_size", 14))
-    return NativeImageProcessor(
-        {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "patch_size": patch,
-            "merge_size": 1,
-            "temporal_patch_size": 1,
-            "min_pixels": given.get("min_pixels", 4 * patch**2),
-            "max_pixels": given.get("max_pixels", 1024 * patch**2),
-            "image_mean": given["image_mean"],
-            "image_std": given["image_std"],
-        }
-    )
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": patch,
+        "merge_size": 1,
+        "temporal_patch_size": 1,
+        "min_pixels": given.get("min_pixels", 4 * patch**2),
+        "max_pixels": given.get("max_pixels", 1024 * patch**2),
+        "image_mean": given["image_mean"],
+        "image_std": given["image_std"],
+    }

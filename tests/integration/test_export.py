@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from sample_run import write_recipe, write_sample_data
+from unit.model.test_native_encoders import CONFIGS as NATIVE
+from unit.model.test_native_encoders import write_directory
 
 from integration.harness import Scenario, run_scenarios
 from laver_mcore import parallel
@@ -30,6 +32,9 @@ CASES = {
     "siglip": "--vision siglip --vision-path {directory}/siglip --vision-random-init",
     "clip": "--vision clip --vision-path {directory}/clip --vision-random-init --vision-layer -2",
     "dinov2": "--vision dinov2 --vision-path {directory}/dinov2 --vision-random-init",
+    "aimv2": "--vision aimv2 --vision-path {directory}/aimv2 --vision-random-init --seq-length 256",
+    "qwen2-vl": "--vision qwen2-vl --vision-path {directory}/qwen2-vl --vision-random-init",
+    "qwen2.5-vl": "--vision qwen2.5-vl --vision-path {directory}/qwen2.5-vl --vision-random-init",
     "released": "--no-mixed-attention --no-rope-2d",
 }
 QUESTIONS = (
@@ -64,6 +69,8 @@ def directory(tmp_path_factory):
     recipe = write_recipe(directory)
     for kind in TOWERS:
         write_tower(directory / kind, kind)
+    for kind in NATIVE:
+        write_directory(directory / kind, kind)
     scenarios = [
         Scenario(
             name=f"run-{name}",
@@ -97,7 +104,9 @@ def network_of(directory, name):
 
 
 def images_of(directory, count):
-    return [Image.open(path).convert("RGB") for path in sorted(directory.glob("*.png"))[:count]]
+    sizes = ((40, 40), (24, 56))  # native towers make other grids of them
+    paths = sorted(directory.glob("*.png"))[:count]
+    return [Image.open(path).convert("RGB").resize(size) for path, size in zip(paths, sizes, strict=False)]
 
 
 def messages_of(text):
@@ -138,8 +147,9 @@ def test_tokens_pixels_logits_and_answers_equal_the_engine(directory, name):
         assert generated[0, len(prompt) :].tolist() == answer
 
 
-def test_padded_batches_and_beams_answer_like_single_prompts(directory):
-    model, processor = load(directory / "hf-encoder-free")
+@pytest.mark.parametrize("name", ["encoder-free", "siglip", "qwen2.5-vl"])
+def test_padded_batches_and_beams_answer_like_single_prompts(directory, name):
+    model, processor = load(directory / f"hf-{name}")
     texts, images, single = [], [], []
     for text, count in QUESTIONS:
         texts.append(processor.apply_chat_template(messages_of(text), add_generation_prompt=True))

@@ -23,7 +23,7 @@ class LaverConfig(PreTrainedConfig):
         vision_layer: int = -1,
         patch_size: int = 16,
         connector_hidden_size: int = 1024,
-        image_grid: list[int] | tuple[int, int] = (1, 1),
+        image_grid: list[int] | tuple[int, int] | None = (1, 1),
         image_token_id: int = 0,
         mrope_section: list[int] | tuple[int, int, int] = (0, 32, 32),
         rope_2d: bool = True,
@@ -39,7 +39,7 @@ class LaverConfig(PreTrainedConfig):
         self.vision_layer = vision_layer
         self.patch_size = patch_size
         self.connector_hidden_size = connector_hidden_size
-        self.image_grid = list(image_grid)
+        self.image_grid = None if image_grid is None else list(image_grid)
         self.image_token_id = image_token_id
         self.mrope_section = list(mrope_section)
         self.rope_2d = rope_2d

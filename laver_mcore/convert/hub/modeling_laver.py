@@ -12,20 +12,12 @@ Shapes: B sequences, L tokens of this call, K tokens including the cache, I imag
 import itertools
 
 import torch
-import transformers
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel, Qwen2Model
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_laver import LaverConfig
-
-# Kind -> (class in transformers, its config, the encoder's list of layers, final norm, tokens before the
-# patches).
-TOWERS = {
-    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", "layers", "post_layernorm", 0),
-    "clip": ("CLIPVisionModel", "CLIPVisionConfig", "layers", "post_layernorm", 1),
-    "dinov2": ("Dinov2Model", "Dinov2Config", "layer", "layernorm", 1),
-}
+from .towers_laver import build_tower
 
 
 def lay_out(
@@ -112,34 +104,6 @@ class LaverRotaryEmbedding(nn.Module):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
-class LaverVisionEncoder(nn.Module):
-    """A transformers tower cut behind one of its layers: pixels [I, 3, H, W] -> [I * N, E], without CLS
-    token.
-    """
-
-    def __init__(self, config: LaverConfig) -> None:
-        super().__init__()
-        model, settings, layers, norm, self.num_prefix_tokens = TOWERS[config.vision]
-        tower_config = getattr(transformers, settings)(**(config.vision_config or {}))
-        self.hidden_size = tower_config.hidden_size
-        tower = getattr(transformers, model)(tower_config)
-        kept = getattr(tower.encoder, layers)
-        setattr(tower.encoder, layers, kept[: len(kept) + config.vision_layer + 1])
-        if config.vision_layer < -1 or config.vision == "clip":
-            setattr(tower, norm, nn.Identity())
-        if getattr(tower, "use_head", False):
-            tower.use_head = False
-            del tower.head
-        if getattr(tower.embeddings, "mask_token", None) is not None:
-            tower.embeddings.mask_token = None
-        self.tower = tower
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        dtype = next(self.parameters()).dtype
-        hidden = self.tower(pixel_values=pixel_values.to(dtype)).last_hidden_state
-        return hidden[:, self.num_prefix_tokens :].flatten(0, 1)
-
-
 class LaverConnector(nn.Module):
     """Linear layers with GELU between them: two behind a tower, three on bare patches."""
 
@@ -174,7 +138,7 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.vision_encoder = None
             self.connector = LaverConnector([3 * config.patch_size**2, hidden, hidden, width])
         else:
-            self.vision_encoder = LaverVisionEncoder(config)
+            self.vision_encoder = build_tower(config)
             self.connector = LaverConnector([self.vision_encoder.hidden_size, hidden, width])
         self.model = Qwen2Model(config.text_config)
         self.model.rotary_emb = LaverRotaryEmbedding(config)
@@ -190,11 +154,11 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Visual tokens [N, D] of all images; pixels [I, 3, H, W], or patches [N, 3 p p] without an
-        encoder.
-        """
-        features = pixel_values if self.vision_encoder is None else self.vision_encoder(pixel_values)
+    def get_image_features(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> torch.Tensor:
+        """Visual tokens [N, D] of all images; pixels [I, 3, H, W], or patches without an encoder or at native size."""
+        features = pixel_values
+        if self.vision_encoder is not None:
+            features = self.vision_encoder(pixel_values, image_grids)
         return self.connector(features.to(self.dtype))
 
     def forward(
@@ -225,7 +189,8 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids, image_ids = lay_out(input_ids, attention_mask, grids, self.config)
         embeds = self.model.embed_tokens(input_ids)
         if pixel_values is not None:
-            visual = self.get_image_features(pixel_values).to(embeds.dtype)
+            grids = self._grids(input_ids, image_grids)
+            visual = self.get_image_features(pixel_values, grids).to(embeds.dtype)
             if len(visual) != int((image_ids >= 0).sum()):
                 raise ValueError(
                     f"{len(visual)} visual tokens for {int((image_ids >= 0).sum())} image tokens"
@@ -251,8 +216,11 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The given grids, or the model's fixed one for as many images as there are tokens for."""
         if image_grids is not None:
             return image_grids
-        rows, columns = self.config.image_grid
-        num_images = int((input_ids == self.config.image_token_id).sum()) // (rows * columns)
+        num_tokens = int((input_ids == self.config.image_token_id).sum())
+        if self.config.image_grid is None and num_tokens:
+            raise ValueError("images keep their shapes here: give image_grids, as the processor does")
+        rows, columns = self.config.image_grid or (1, 1)
+        num_images = num_tokens // (rows * columns)
         return torch.tensor([[rows, columns]] * num_images).reshape(-1, 2)
 
     def prepare_inputs_for_generation(
@@ -277,6 +245,7 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
             "image_ids": image_ids[:, new].contiguous(),
             "attention_mask": attention_mask,
             "pixel_values": pixel_values if past == 0 else None,
+            "image_grids": grids,
             "past_key_values": past_key_values,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep or 0,
@@ -288,11 +257,11 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if expand_size > 1 and pixels is not None:
             grids = self._grids(input_ids, grids)
             _, image_ids = lay_out(input_ids, model_kwargs.get("attention_mask"), grids, self.config)
-            parts = list(
-                pixels.split(
-                    (grids.prod(-1) if self.vision_encoder is None else grids[:, 0] * 0 + 1).tolist()
-                )
-            )
+            rows = grids.prod(-1)
+            if self.vision_encoder is not None:
+                per_token = self.vision_encoder.rows_per_token
+                rows = rows * per_token if per_token else torch.ones_like(rows)
+            parts = list(pixels.split(rows.tolist()))
             order = [
                 i for row in image_ids for _ in range(expand_size) for i in row[row >= 0].unique().tolist()
             ]

@@ -21,7 +21,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class LaverImageProcessor(BaseImageProcessor):
-    """Fixed resolution: the tower's own processor on Pillow, or a square cut into flattened patches.
+    """The tower's own processor on Pillow, or a square cut into flattened patches.
 
     `tower` is the content of the tower's preprocessor_config.json; without one, `image_size` and `patch_size`
     are the sides in pixels of the square and of a patch.
@@ -32,29 +32,32 @@ class LaverImageProcessor(BaseImageProcessor):
     def __init__(
         self,
         tower: dict[str, Any] | None = None,
-        image_grid: list[int] | tuple[int, int] = (1, 1),
+        image_grid: list[int] | tuple[int, int] | None = (1, 1),
         image_size: int = 0,
         patch_size: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.tower = tower
-        self.image_grid = list(image_grid)
+        self.image_grid = None if image_grid is None else list(image_grid)
         self.image_size = image_size
         self.patch_size = patch_size
 
     def __call__(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
-        """`pixel_values` [I, 3, H, W] or [I * h * w, 3 p p], and `image_grids` [I, 2]."""
+        """`pixel_values` [I, 3, H, W] or flattened patches, and `image_grids` [I, 2] in visual tokens."""
         images = [to_rgb(image) for image in flatten(images)]
-        pixels = self._patches(images) if self.tower is None else self._tower_pixels(images)
-        return BatchFeature(
-            {"pixel_values": pixels, "image_grids": torch.tensor([self.image_grid] * len(images))}
-        )
+        grids = torch.tensor([self.image_grid or [0, 0]] * len(images))
+        if self.tower is None:
+            return BatchFeature({"pixel_values": self._patches(images), "image_grids": grids})
+        found = self._tower_features(images)
+        if self.image_grid is None:
+            grids = found["image_grid_thw"][:, 1:] // self.tower["merge_size"]
+        return BatchFeature({"pixel_values": found["pixel_values"], "image_grids": grids})
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
         return self(images, **kwargs)
 
-    def _tower_pixels(self, images: list[Image.Image]) -> torch.Tensor:
+    def _tower_features(self, images: list[Image.Image]) -> Any:
         assert self.tower is not None
         name = self.tower.get("image_processor_type", self.tower.get("feature_extractor_type", ""))
         name = (
@@ -64,9 +67,8 @@ class LaverImageProcessor(BaseImageProcessor):
         )
         # Pillow and torchvision resize differently; the model was trained on Pillow's pixels.
         kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
-        return kind.from_dict({**self.tower, "do_convert_rgb": True})(images, return_tensors="pt")[
-            "pixel_values"
-        ]
+        processor = kind.from_dict({**self.tower, "do_convert_rgb": True})
+        return processor(images, return_tensors="pt")
 
     def _patches(self, images: list[Image.Image]) -> torch.Tensor:
         size, p = self.image_size, self.patch_size
