@@ -1,8 +1,10 @@
 """The index: measured once, found again, equal to reading everything, and honest about bad samples."""
 
 import json
-import multiprocessing
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from corpora import encode, picture, write_llava
@@ -57,28 +59,23 @@ def test_what_it_was_measured_from_is_its_key(change, corpus, hugging_face, sent
     assert len([path for path in folder.iterdir() if path.is_dir()]) == 2
 
 
-def _index_lengths(corpus, tokenizer_path, queue):
-    from laver_mcore.data.tokenizer import load_tokenizer
+def test_processes_that_ask_at_once_get_the_same(corpus, hugging_face, monkeypatch):
+    """Threads here: a file lock keeps apart whoever opened the file, in one process or in several."""
+    measured = []
+    original = index_module.measure
 
-    index_module._CACHED_FROM = 5
-    index = get_index(
-        open_source(corpus, corpus.parent), load_tokenizer(tokenizer_path), "", folder=corpus.parent / FOLDER
-    )
-    queue.put(index.text_lengths.tolist())
+    def measure(*arguments):
+        measured.append(arguments)
+        time.sleep(0.2)
+        return original(*arguments)
 
-
-def test_processes_that_ask_at_once_get_the_same(corpus, hugging_face_path):
-    spawn = multiprocessing.get_context("spawn")
-    queue = spawn.Queue()
-    asking = [spawn.Process(target=_index_lengths, args=(corpus, hugging_face_path, queue)) for _ in range(3)]
-    for process in asking:
-        process.start()
-    answers = [queue.get(timeout=60) for _ in asking]
-    for process in asking:
-        process.join()
-        assert process.exitcode == 0
-    assert answers[0] == answers[1] == answers[2]
-    assert len([path for path in (corpus.parent / FOLDER).iterdir() if path.is_dir()]) == 1
+    monkeypatch.setattr(index_module, "measure", measure)
+    folder = corpus.parent / FOLDER
+    ask = partial(get_index, open_source(corpus, corpus.parent), hugging_face, "", folder=folder)
+    with ThreadPoolExecutor(3) as pool:
+        answers = [future.result() for future in [pool.submit(ask) for _ in range(3)]]
+    assert len(measured) == 1
+    assert all((answer.text_lengths == answers[0].text_lengths).all() for answer in answers)
 
 
 def test_another_image_processor_needs_no_new_index(corpus, hugging_face, monkeypatch):

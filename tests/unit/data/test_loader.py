@@ -141,6 +141,40 @@ def test_a_step_holds_the_same_samples_under_any_layout(micro_batch_size, dp_siz
         assert step_contents(step, micro_batch_size, dp_size) == step_contents(step, 8, 1)
 
 
+@pytest.fixture(scope="module")
+def mixture(dataset, hugging_face):
+    return build(
+        dataset, hugging_face, source=[dataset / "train.json"] * 2, weights=(0.4, 1.5), image_folder=None
+    )
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_a_mixture_resumed_in_the_middle_of_an_epoch_under_any_layout(
+    dp_size, mixture, dataset, hugging_face
+):
+    """Steps 5 to 9 of a run of 8 rows, as documents, against those of the uninterrupted run on one rank."""
+
+    def documents(batches):
+        return Counter(
+            tuple(document.tolist())
+            for batch in batches
+            for document in batch.tokens_T[: sum(batch.document_lengths)].split(list(batch.document_lengths))
+        )
+
+    assert 0 < 5 * 8 % mixture.rows_per_epoch(0) < mixture.rows_per_epoch(0) - 1
+    sizes = {"global_batch_size": 8, "micro_batch_size": 1}
+    whole = list(mixture.iterate(0, 10, **sizes))[5:]
+    sources = [dataset / "train.json"] * 2
+    resumed = [
+        build(dataset, hugging_face, source=sources, weights=(0.4, 1.5)).iterate(
+            5, 10, **sizes, dp_rank=rank, dp_size=dp_size
+        )
+        for rank in range(dp_size)
+    ]
+    for expected, *of_ranks in zip(whole, *resumed, strict=True):
+        assert documents(expected) == documents([batch for batches in of_ranks for batch in batches])
+
+
 @pytest.mark.parametrize("num_shares", [1, 2, 3, 7])
 def test_image_shares_join_to_all_images(num_shares, data):
     whole = data.step_batches(1, **SIZES, image_share=(0, 1))

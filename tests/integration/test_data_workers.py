@@ -10,17 +10,29 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from sample_run import write_sample_data
 
 from laver_mcore.data import workers
 from laver_mcore.data.assemble import Plan
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images import PatchImageProcessor
 from laver_mcore.data.loader import DialogueData
+from laver_mcore.data.tokenizer import load_tokenizer
 from laver_mcore.data.workers import WorkerPool
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 PROCESSOR = PatchImageProcessor(image_size=16, patch_size=8)
 SIZES = {"global_batch_size": 4, "micro_batch_size": 2, "image_share": (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_sample_data(tmp_path_factory.mktemp("workers")).parent
+
+
+@pytest.fixture(scope="module")
+def tokenizer(dataset):
+    return load_tokenizer(dataset / "tokenizer.model")
 
 
 def build(dataset, tokenizer, **changes):
@@ -37,9 +49,9 @@ def children():
 
 
 @pytest.mark.parametrize("backend", ["pillow", "torch_uint8"])
-def test_workers_give_the_same_batches_and_end(backend, dataset, hugging_face):
-    expected = list(build(dataset, hugging_face, image_backend=backend).iterate(2, 6, **SIZES))
-    got = list(build(dataset, hugging_face, image_backend=backend, num_workers=2).iterate(2, 6, **SIZES))
+def test_workers_give_the_same_batches_and_end(backend, dataset, tokenizer):
+    expected = list(build(dataset, tokenizer, image_backend=backend).iterate(2, 6, **SIZES))
+    got = list(build(dataset, tokenizer, image_backend=backend, num_workers=2).iterate(2, 6, **SIZES))
     for first, second in zip(expected, got, strict=True):
         for a, b in zip(first, second, strict=True):
             assert torch.equal(a.tokens_T, b.tokens_T)
@@ -48,8 +60,8 @@ def test_workers_give_the_same_batches_and_end(backend, dataset, hugging_face):
     assert not children()
 
 
-def test_a_killed_worker_is_replaced_and_the_run_goes_on(dataset, hugging_face):
-    data = build(dataset, hugging_face, num_workers=1)
+def test_a_killed_worker_is_replaced_and_the_run_goes_on(dataset, tokenizer):
+    data = build(dataset, tokenizer, num_workers=1)
     expected = [data.step_batches(step, **SIZES) for step in range(8)]
     steps = data.iterate(0, 8, **SIZES)
     got = [next(steps)]
@@ -63,9 +75,9 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(dataset, hugging_face):
     assert not children()
 
 
-def test_a_worker_that_keeps_dying_is_reported(dataset, hugging_face, monkeypatch):
+def test_a_worker_that_keeps_dying_is_reported(dataset, tokenizer, monkeypatch):
     monkeypatch.setattr(workers, "MAX_DEATHS", 2)
-    data = build(dataset, hugging_face)
+    data = build(dataset, tokenizer)
     with WorkerPool(data._task, 1) as pool:
         plan = Plan(members=(0, 1), image_share=None)
         assert len(pool.submit(plan).result(30).keys) == 2
@@ -81,8 +93,8 @@ def test_a_worker_that_keeps_dying_is_reported(dataset, hugging_face, monkeypatc
     assert not children()
 
 
-def test_errors_in_a_worker_arrive_as_they_are(dataset, hugging_face):
-    data = build(dataset, hugging_face)
+def test_errors_in_a_worker_arrive_as_they_are(dataset, tokenizer):
+    data = build(dataset, tokenizer)
     with WorkerPool(data._task, 1) as pool, pytest.raises(RuntimeError, match="IndexError"):
         pool.submit(Plan(members=(10**6,), image_share=None)).result(30)
 
@@ -111,24 +123,35 @@ if __name__ == "__main__":
 """
 
 
+def marked(name):
+    """Processes that were started with MARK=name in their environment, the workers of a run among them."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("MARK") == name and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
 @pytest.mark.parametrize("end", ["crash", "ctrl-c", "kill"])
-def test_nothing_is_left_behind(end, dataset, hugging_face_path, tmp_path):
+def test_nothing_is_left_behind(end, dataset, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     process = subprocess.Popen(
-        [sys.executable, str(script), str(dataset), str(hugging_face_path), end],
-        env=environment,
+        [sys.executable, str(script), str(dataset), str(dataset / "tokenizer.model"), end],
+        env=os.environ | {"PYTHONPATH": path, "MARK": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
     assert process.stdout.readline() == "running\n"
-    family = psutil.Process(process.pid).children(recursive=True) if end != "crash" else []
     if end != "crash":
-        assert len(family) >= 2
+        assert len(marked(str(tmp_path))) >= 3  # the run and two workers
         process.send_signal(signal.SIGINT if end == "ctrl-c" else signal.SIGKILL)
     process.wait(30)
-    _, alive = psutil.wait_procs(family, timeout=15)
+    _, alive = psutil.wait_procs(marked(str(tmp_path)), timeout=15)
     assert not alive
     assert process.returncode != 0
