@@ -1,0 +1,80 @@
+"""The presets have Qwen2.5's published parameter counts, counted on the built model, no weight allocated."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from laver_mcore.config.presets import PRESETS
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+# Published number of parameters of the language model alone.
+PUBLISHED = {
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+}
+# Tensor x pipeline sizes of the pretended ranks; together they hold every parameter exactly once.
+LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2_pp2": (2, 2)}
+
+# The model needs a process group; a pretended one has a process of its own.
+COUNT = """
+import json, resource, sys, warnings
+warnings.filterwarnings("ignore")
+from laver_mcore import cpu, parallel
+from laver_mcore.config.load import parse
+from laver_mcore.dry_run import _pretend, rank_memory
+from laver_mcore.model.parameters import merge_parts
+
+cpu.install("meta")
+counts = {}
+for name, tp, pp in json.loads(sys.argv[1]):
+    flags = f"--model {name} --vision none --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp} --bf16"
+    flags += f" --make-vocab-size-divisible-by {128 // tp}"  # 151,936 is no multiple of 256: TP 2 would pad it
+    config, _ = parse([*flags.split(), "--data-path", "none.json", "--tokenizer-model", "none"])
+    rows = [rank_memory(config, _pretend(config, tp * pp, stage * tp), config.model.vocab_size) for stage in range(pp)]
+    table = merge_parts([contribution for _, contribution in rows], ("*",))
+    counts[f"{name}-{tp}-{pp}"] = [sum(total for _, total, _ in table), [memory.parameters for memory, _ in rows]]
+parallel.shut_down()
+counts["peak_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps(counts))
+"""
+
+
+@pytest.fixture(scope="module")
+def counts():
+    plan = [(name, *layout) for name in PUBLISHED for layout in LAYOUTS.values()]
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, json.dumps(plan)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_count(counts, name, layout):
+    tp, pp = LAYOUTS[layout]
+    assert counts[f"{name}-{tp}-{pp}"][0] == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_two_stages_hold_everything_once_but_a_tied_embedding_twice(counts, name):
+    shape = PRESETS[name]
+    copy = 0 if shape["untie_embeddings_and_output_weights"] else shape["vocab_size"] * shape["hidden_size"]
+    assert sum(counts[f"{name}-1-2"][1]) == PUBLISHED[name] + copy
+
+
+def test_no_weights_are_allocated(counts):
+    assert counts["peak_kib"] * 1024 < PUBLISHED["qwen2.5-7b"] * 2 / 4
