@@ -10,6 +10,7 @@ Shapes: B sequences, L tokens of this call, K tokens including the cache, I imag
 """
 
 import itertools
+from typing import Any
 
 import torch
 from torch import nn
@@ -123,6 +124,7 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = LaverConfig
     base_model_prefix = "model"
+    vision_encoder: Any
     input_modalities = ("image", "text")
     main_input_name = "input_ids"
     _supports_sdpa = True

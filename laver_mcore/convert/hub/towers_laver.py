@@ -4,6 +4,7 @@ Shapes: I images, N visual tokens, E width of the tower, P patches.
 """
 
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +58,12 @@ class FixedTower(nn.Module):
 class QwenTower(nn.Module):
     """Qwen2-VL's or Qwen2.5-VL's tower with its merger: patches [P, C t p p] -> [N, E]."""
 
-    def __init__(self, tower: nn.Module) -> None:
+    tower: Any
+
+    def __init__(self, tower: Any) -> None:
         super().__init__()
         self.tower = tower
-        self.merge_size = tower.spatial_merge_size
+        self.merge_size: int = tower.spatial_merge_size
         self.rows_per_token = self.merge_size**2
         self.hidden_size = getattr(tower.config, "out_hidden_size", None) or tower.config.hidden_size
 
@@ -74,8 +77,9 @@ class Aimv2Tower(nn.Module):
     """AIMv2 with the positions of each image's grid and attention within it: patches [P, C p p] -> [N, E]."""
 
     rows_per_token = 1
+    tower: Any
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, tower: Any) -> None:
         super().__init__()
         self.hidden_size = tower.config.hidden_size
         if tower.use_head:
@@ -87,7 +91,9 @@ class Aimv2Tower(nn.Module):
         kernel, grids = self.tower.embeddings.patch_embed, image_grids.tolist()
         hidden = F.linear(pixel_values.to(kernel.weight.dtype), kernel.weight.flatten(1), kernel.bias)
         hidden = self.tower.embeddings.rms_norm(hidden)
-        hidden = hidden + torch.cat([sinusoids(*grid, self.hidden_size) for grid in grids]).to(hidden)
+        hidden = hidden + torch.cat(
+            [sinusoids(rows, columns, self.hidden_size) for rows, columns in grids]
+        ).to(hidden)
         images = hidden.split([rows * columns for rows, columns in grids])
         outputs = [self.tower.encoder(inputs_embeds=image[None]).last_hidden_state[0] for image in images]
         return self.tower.rms_norm(torch.cat(outputs))
@@ -103,7 +109,7 @@ def sinusoids(rows: int, columns: int, width: int) -> torch.Tensor:
     return torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1).float()
 
 
-def build_tower(config: LaverConfig) -> nn.Module:
+def build_tower(config: LaverConfig) -> Any:
     """The tower that `config.vision` names."""
     if config.vision in TOWERS:
         return FixedTower(config)
