@@ -30,8 +30,10 @@ class Quarantine:
         found = list(bad)
         if len(found) > self._max_fraction * total:  # the run has not begun: it leaves nothing behind
             raise DataError(self._too_many(found[0][1], len(found), total))
+        # Every rank reads the same index; torchrun's first one lists what it left out.
+        write = os.environ.get("RANK", "0") == "0"
         for where, reason in found:
-            self._list(where, reason)
+            self._list(where, reason, write)
 
     def add_failure(self, key: str, reason: str) -> None:
         """List a sample whose image failed during the run; DataError when they become too many."""
@@ -50,12 +52,12 @@ class Quarantine:
             f"{self._max_fraction}; clean the data with tools/prepare_data.py, or raise it)"
         )
 
-    def _list(self, name: str, reason: str) -> None:
+    def _list(self, name: str, reason: str, write: bool = True) -> None:
         with self._lock:
             if name in self._listed:
                 return
             self._listed.add(name)
-            if self._path is None:
+            if self._path is None or not write:
                 return
             self._path.parent.mkdir(parents=True, exist_ok=True)
             line = json.dumps({"sample": name, "reason": reason}) + "\n"

@@ -40,6 +40,7 @@ def test_damaged_images_train_to_the_end(name, runs):
     rows = read_metrics(runs / name)
     assert [row["iteration"] for row in rows] == list(range(1, 15))
     listed = [json.loads(line) for line in (runs / name / "quarantine.jsonl").read_text().splitlines()]
+    assert len({entry["sample"] for entry in listed}) == len(listed)
     reasons = " ".join(entry["reason"] for entry in listed)
     assert all(f"{index:03d}_0.png" in reasons for index in BROKEN)
     assert all(row["data_wait_ms"] >= 0 for row in rows)
