@@ -1,5 +1,6 @@
 """A training run from beginning to end: join, validate, build, resume, train, leave."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from laver_kernels.backend import choose
 from laver_mcore import checkpoint, parallel
 from laver_mcore.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
 from laver_mcore.checkpoint import Progress
@@ -45,6 +47,8 @@ def check_save_folder(config: Config) -> None:
     if not config.run.save:
         return
     directory = Path(config.run.save)
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"save={directory} is a file; choose a folder")
     recipe = directory / "config.yaml"
     if not recipe.is_file() and checkpoint.latest_iteration(directory) is None:
         return
@@ -60,6 +64,17 @@ def check_save_folder(config: Config) -> None:
         raise ConfigError(
             f"{directory} already holds a run; resume it with --load {directory}, or choose another --save"
         )
+
+
+def check_machine(config: Config, device: torch.device) -> None:
+    """Refuse what is not installed here, or cannot run on `device`, before it is needed halfway."""
+    if config.run.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("wandb_project needs Weights & Biases; `pip install wandb`, or leave it out")
+    if config.train.kernels == "triton":
+        try:
+            choose("triton", torch.empty(0, device=device), "kernels")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def _resume(engine: Engine, config: Config, fingerprint: str) -> Progress:
@@ -94,6 +109,7 @@ def run(config: Config) -> int:
 def train_run(config: Config, device: torch.device) -> Engine:
     """The run inside process groups that are joined already; returns the trained engine."""
     check_world(config, dist.get_world_size())
+    check_machine(config, device)
     check_save_folder(config)
     tokenizer = build_tokenizer(config)
     data = build_data(config, tokenizer)

@@ -5,7 +5,10 @@ that itself starts from another through a top-level `base: other.yaml`.
 """
 
 import argparse
+import contextlib
 import difflib
+import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -115,18 +118,31 @@ def parse(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     actions.add_argument("--dry-run", "--dry_run", action="store_true")
     chosen, rest = actions.parse_known_args(list(argv))
     default = from_recipe(chosen.config) if chosen.config else Config()
-    config, unknown = tyro.cli(
-        Config,
-        prog="pretrain_laver.py",
-        description=_DESCRIPTION,
-        default=default,
-        args=_check_flags(rest),
-        config=(tyro.conf.OmitArgPrefixes,),
-        return_unknown_args=True,
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config, unknown = tyro.cli(
+                Config,
+                prog="pretrain_laver.py",
+                description=_DESCRIPTION,
+                default=default,
+                args=_check_flags(rest),
+                config=(tyro.conf.OmitArgPrefixes,),
+                return_unknown_args=True,
+            )
+    except SystemExit as exit_:
+        if not exit_.code:  # --help
+            raise
+        raise ConfigError(_first_paragraph(said.getvalue()) or "the command line cannot be read") from None
     if unknown:
         raise ConfigError(f"unexpected argument {unknown[0]!r}; values follow a --flag")
     return resolve(config), chosen
+
+
+def _first_paragraph(box: str) -> str:
+    """What tyro's framed message says, without the frame and the help text below it."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
+    return " ".join(itertools.takewhile(bool, lines))
 
 
 def _check_flags(args: list[str]) -> list[str]:

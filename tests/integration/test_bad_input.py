@@ -1,5 +1,6 @@
 """Bad input: exit status 2, exactly one clear line, and nothing written under --save."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -20,6 +21,13 @@ COMMAND_LINES: dict[str, tuple[str, str]] = {
         "unknown flag --global-batch-sizes; did you mean --global-batch-size?",
     ),
     "unknown_flag_with_value": ("--mask_ration=0.5", "did you mean --mask-ratio?"),
+    "wrong_type": ("--train-iters many", "--train-iters: invalid literal for int() with base 10: 'many'"),
+    "unknown_choice": (
+        "--gram cgaa",
+        "invalid choice 'cgaa' for argument '--gram'. Expected one of ('cga', 'ga', 'off')",
+    ),
+    "missing_value": ("--system-prompt", "Missing value for argument '--system-prompt'"),
+    "too_few_values": ("--mrope-section 1 2", "--mrope-section"),
     "stray_word": ("8", "unexpected argument '8'"),
     "indivisible_heads": (
         "--tensor-model-parallel-size 3",
@@ -102,8 +110,15 @@ RUNS: dict[str, tuple[str, str]] = {
         "another recipe (optimizer.lr was 0.001, now 1.0)",
     ),
     "save_without_load": ("--save {d}/trained", "already holds a run; resume it with --load"),
-    "no_transformer_engine": ("--transformer-impl transformer_engine", "transformer_engine"),
+    "save_is_a_file": ("--save {d}/train.json", "train.json is a file; choose a folder"),
 }
+# What an optional library is needed for, where it is missing.
+OPTIONAL: dict[str, tuple[str, str]] = {
+    "triton": ("--kernels triton", "kernels: impl='triton' is not installed (pip install"),
+    "wandb": ("--wandb-project mine", "wandb_project needs Weights & Biases; `pip install wandb`"),
+    "transformer_engine": ("--transformer-impl transformer_engine", "but it is not installed here"),
+}
+RUNS |= {f"no_{name}": row for name, row in OPTIONAL.items() if importlib.util.find_spec(name) is None}
 DRY_RUNS = (
     "indivisible_batch",
     "missing_image",

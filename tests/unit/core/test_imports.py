@@ -46,7 +46,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "convert",
         "schedules",
     ),
-    "run": ("build", "config", "data", "model", "parallel", "engine", "checkpoint", "loop", "metrics"),
+    "run": (
+        "build",
+        "config",
+        "data",
+        "model",
+        "parallel",
+        "engine",
+        "checkpoint",
+        "loop",
+        "metrics",
+        "laver_kernels",
+    ),
     "dry_run": ("build", "config", "data", "model", "parallel", "cpu", "run"),
 }
 MEGATRON_FREE = (
