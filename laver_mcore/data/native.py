@@ -90,7 +90,13 @@ def native_settings_of(kind: str, path: str | Path) -> dict[str, Any]:
         return {"merge_size": 2, **given}
     if "image_mean" not in given or "image_std" not in given:
         raise DataError(f"{where}: image_mean or image_std is missing; use the file that came with the tower")
-    tower = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    file = Path(path) / "config.json"
+    try:
+        tower = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise DataError(f"{file}: no such file; vision_path must be a Hugging Face directory") from None
+    except ValueError as error:
+        raise DataError(f"{file}: broken JSON ({error})") from None
     patch = int(tower.get("vision_config", tower).get("patch_size", 14))
     return {
         "image_processor_type": "Qwen2VLImageProcessor",

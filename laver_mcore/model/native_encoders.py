@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from laver_mcore.config.checks import ConfigError
+
 Grids = Sequence[tuple[int, int]]
 
 
@@ -95,7 +97,7 @@ class Aimv2Encoder(NativeEncoder):
     def __init__(self, tower: Any) -> None:
         super().__init__()
         if not tower.config.is_native:
-            raise ValueError("this AIMv2 tower has positions for one size only; use a native checkpoint")
+            raise ConfigError("this AIMv2 tower has positions for one size only; use a native checkpoint")
         self.hidden_size = tower.config.hidden_size
         if tower.use_head:
             tower.use_head = False
@@ -160,13 +162,13 @@ def read_native_config(path: str | Path, kind: str) -> dict[str, Any]:
     try:
         whole = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
-        raise ValueError(f"{file}: no such file; vision_path must be a Hugging Face directory") from None
+        raise ConfigError(f"{file}: no such file; vision_path must be a Hugging Face directory") from None
     except ValueError as error:
-        raise ValueError(f"{file}: broken JSON ({error})") from None
+        raise ConfigError(f"{file}: broken JSON ({error})") from None
     wanted = NATIVE[kind].model_types
     if whole.get("model_type") not in wanted:
         names = " or ".join(map(repr, wanted))
-        raise ValueError(f"{file}: model_type={whole.get('model_type')!r}, vision={kind} wants {names}")
+        raise ConfigError(f"{file}: model_type={whole.get('model_type')!r}, vision={kind} wants {names}")
     return dict(whole.get("vision_config", whole))
 
 
@@ -186,10 +188,10 @@ def _load_weights(encoder: NativeEncoder, path: Path, spec: _Tower) -> None:
                         wanted[own].copy_(opened.get_tensor(name))
                         found.add(own)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise ValueError(f"{file}: cannot be loaded ({str(error).splitlines()[0]})") from None
+            raise ConfigError(f"{file}: cannot be loaded ({str(error).splitlines()[0]})") from None
     missing = sorted(set(wanted) - found)
     if missing:
-        raise ValueError(
+        raise ConfigError(
             f"{path}: {len(missing)} weights of the vision tower are missing, {missing[0]!r} among them; "
             "use a checkpoint that holds the tower, or vision_random_init"
         )

@@ -89,6 +89,14 @@ RUNS: dict[str, tuple[str, str]] = {
         "--vision clip --vision-path {d}/siglip --vision-random-init",
         "model_type='siglip_vision_model', wanted 'clip' or 'clip_vision_model'; set vision to 'siglip'",
     ),
+    "wrong_native_tower": (
+        "--vision qwen2-vl --vision-path {d}/qwen",
+        "model_type='llama', vision=qwen2-vl wants",
+    ),
+    "native_tower_without_config": (
+        "--vision aimv2 --vision-path {d}/headless",
+        "headless/config.json: no such file",
+    ),
     "missing_vision_tower": (
         "--vision siglip --vision-path {d}/nowhere",
         "vision_path must be a Hugging Face",
@@ -181,19 +189,24 @@ def write_bad_data(directory: Path) -> None:
     one = json.dumps(with_image)
     (directory / "broken.json").write_text(f"[\n{one},\n{one[:-5]}\n]", encoding="utf-8")
     (directory / "broken.jsonl").write_text(f"{one}\n{one[:-5]}\n", encoding="utf-8")
-    towers: dict[str, dict] = {
-        "tower": {"model_type": "llama"},
-        "siglip": {"model_type": "siglip_vision_model", "hidden_size": 32, "image_size": 32, "patch_size": 8},
+    siglip = {"model_type": "siglip_vision_model", "hidden_size": 32, "image_size": 32, "patch_size": 8}
+    fixed = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 32, "width": 32}}
+    native = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
     }
-    pixels = {
-        "image_processor_type": "SiglipImageProcessor",
-        "size": {"height": 32, "width": 32},
-        "do_resize": True,
+    towers: dict[str, tuple[dict | None, dict]] = {
+        "tower": ({"model_type": "llama"}, fixed),
+        "siglip": (siglip, fixed),
+        "qwen": ({"model_type": "llama"}, native),
+        "headless": (None, native),
     }
-    for name, config in towers.items():
+    for name, (config, pixels) in towers.items():
         (directory / name).mkdir()
-        (directory / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
         (directory / name / "preprocessor_config.json").write_text(json.dumps(pixels), encoding="utf-8")
+        if config is not None:
+            (directory / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
