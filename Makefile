@@ -45,8 +45,9 @@ setup: $(STAMPS)/installed ## the environment in .venv
 demo: setup ## prepare the data, train three stages, evaluate, write runs/demo/report.md
 	@$(BIN)/python tools/run_demo.py $(DEMO_ARGS)
 
+# Two workers, a whole file each: the files that start process groups wait for each other's ranks most of the time.
 test: setup ## the tests
-	@$(BIN)/python -m pytest $(TEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 
 lint: setup ## style and likely mistakes, formatting included
 	@$(BIN)/ruff check --quiet $(LINTED)
