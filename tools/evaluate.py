@@ -1,6 +1,6 @@
 """Answer the questions of a LLaVA JSON file with a trained run.
 
-    torchrun tools/evaluate.py --checkpoint DIR --data FILE --output ANSWERS.jsonl
+    torchrun tools/evaluate.py --checkpoint DIR --data FILE
 
 Each question of a dialogue is answered by itself after the right answers to the ones before it. Writes one JSON line
 per question: key, image, question, expected, answer.
@@ -8,8 +8,10 @@ per question: key, image, question, expected, answer.
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -23,12 +25,12 @@ from laver_mcore.console import refuse, silence_megatron
 class Arguments:
     """Greedy answers of a trained run to every question of a data file."""
 
-    checkpoint: str
-    """Folder of a run: its config.yaml and newest checkpoint are used."""
+    checkpoint: tuple[str, ...]
+    """Folders of runs of one model shape: each one's config.yaml and newest checkpoint are used."""
     data: str
     """LLaVA / ShareGPT JSON or JSONL with the questions and the right answers."""
-    output: str
-    """JSON lines file to write."""
+    output: str = "answers.jsonl"
+    """Name of the JSON lines file to write into each run's folder, or a path of its own for a single run."""
     image_folder: str | None = None
     """Folder of the images; the data file's own folder where not given."""
     tensor_model_parallel_size: int = 1
@@ -41,23 +43,37 @@ class Arguments:
     """Longest answer."""
 
 
-def evaluate(arguments: Arguments, config: Config) -> None:
-    """Answer all questions and write them on the last rank."""
-    from PIL import Image
-    from tqdm import tqdm
-
+def evaluate(arguments: Arguments, configs: list[Config]) -> None:
+    """Answer all questions with every run and write them on the last rank."""
     from laver_mcore import parallel
     from laver_mcore.build import build_image_processor, build_network, build_tokenizer, resolve_vocab_size
-    from laver_mcore.data.decode import open_image
-    from laver_mcore.data.prompt import encode_prompt
     from laver_mcore.data.records import load_records
-    from laver_mcore.generate import generate
 
     samples = load_records(arguments.data, arguments.image_folder or Path(arguments.data).parent)
-    tokenizer, processor = build_tokenizer(config), build_image_processor(config)
     device = parallel.init_distributed()
-    topology = parallel.build_topology(config.parallel, device)
-    network = build_network(config, topology, resolve_vocab_size(config, tokenizer), arguments.checkpoint)
+    for folder, config in zip(arguments.checkpoint, configs, strict=True):
+        tokenizer, processor = build_tokenizer(config), build_image_processor(config)
+        topology = parallel.build_topology(config.parallel, device)
+        network = build_network(config, topology, resolve_vocab_size(config, tokenizer), folder)
+        rows = answer(arguments, samples, network, tokenizer, processor)
+        if topology.is_last_rank:
+            single = len(configs) == 1 and Path(arguments.output).parent != Path(".")
+            path = Path(arguments.output) if single else Path(folder) / arguments.output
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    parallel.shut_down()
+
+
+def answer(
+    arguments: Arguments, samples: Sequence[Any], network: Any, tokenizer: Any, processor: Any
+) -> list[dict[str, Any]]:
+    """One row per question, in order; all ranks take part and get the same rows."""
+    from tqdm import tqdm
+
+    from laver_mcore.data.decode import open_image
+    from laver_mcore.data.prompt import encode_prompt
+    from laver_mcore.generate import generate
+
     questions = [
         (sample, index)
         for sample in samples
@@ -65,16 +81,15 @@ def evaluate(arguments: Arguments, config: Config) -> None:
         if turn.role == "assistant"
     ]
     rows = []
-    for start in tqdm(
-        range(0, len(questions), arguments.batch_size), disable=not topology.is_last_rank, unit="batch"
-    ):
+    starts = range(0, len(questions), arguments.batch_size)
+    for start in tqdm(starts, disable=None if network.topology.is_last_rank else True, unit="batch"):
         part = questions[start : start + arguments.batch_size]
         prompts, images = [], []
         for sample, index in part:
-            opened: list[Image.Image] = [open_image(path) for path in sample.images]
+            opened = [open_image(path) for path in sample.images]
             grids = [processor.grid(*image.size) for image in opened] if processor else []
-            turns = sample.turns[:index]
-            prompts.append(encode_prompt(turns, grids, tokenizer, system_prompt=config.data.system_prompt))
+            system = network.config.data.system_prompt
+            prompts.append(encode_prompt(sample.turns[:index], grids, tokenizer, system_prompt=system))
             images.extend(opened)
         answers = generate(
             network,
@@ -94,10 +109,7 @@ def evaluate(arguments: Arguments, config: Config) -> None:
                     "answer": tokenizer.decode(ids).strip(),
                 }
             )
-    if topology.is_last_rank:
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.output).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    parallel.shut_down()
+    return rows
 
 
 def main() -> int:
@@ -107,12 +119,12 @@ def main() -> int:
     silence_megatron()
     arguments = tyro.cli(Arguments, description=__doc__)
     try:
-        config = from_recipe(Path(arguments.checkpoint) / "config.yaml")
         layout = ParallelConfig(
             tensor_model_parallel_size=arguments.tensor_model_parallel_size,
             pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
         )
-        evaluate(arguments, resolve(replace(config, parallel=layout)))
+        recipes = [from_recipe(Path(folder) / "config.yaml") for folder in arguments.checkpoint]
+        evaluate(arguments, [resolve(replace(config, parallel=layout)) for config in recipes])
     except (ConfigError, DataError) as error:
         return refuse("evaluate.py", error)
     return 0

@@ -61,18 +61,12 @@ def _train(arguments: Arguments, name: str, stage: int, *extra: str) -> Path:
     return save
 
 
-def _evaluate(arguments: Arguments, run: Path) -> Path:
-    answers = run / "answers.jsonl"
-    command = (
-        "--checkpoint",
-        str(run),
-        "--data",
-        str(arguments.data / "heldout.json"),
-        "--output",
-        str(answers),
-    )
-    _torchrun(arguments, "tools/evaluate.py", *command, "--max-new-tokens", "12")
-    return answers
+def _evaluate(arguments: Arguments, *runs: Path) -> list[Path]:
+    heldout = str(arguments.data / "heldout.json")
+    folders = [str(run) for run in runs]
+    command = ("--checkpoint", *folders, "--data", heldout, "--max-new-tokens", "12")
+    _torchrun(arguments, "tools/evaluate.py", *command)
+    return [run / "answers.jsonl" for run in runs]
 
 
 def digit_accuracy(answers: Path) -> float:
@@ -99,7 +93,7 @@ def run_demo(arguments: Arguments) -> dict[str, float]:
     final = _train(arguments, "stage3", 3, "--pretrained-checkpoint", str(laver))
     lm_only = _train(arguments, "lm_only_stage2", 2, "--pretrained-checkpoint", str(align), *LM_ONLY)
     lm_final = _train(arguments, "lm_only_stage3", 3, "--pretrained-checkpoint", str(lm_only))
-    answers, lm_answers = _evaluate(arguments, final), _evaluate(arguments, lm_final)
+    answers, lm_answers = _evaluate(arguments, final, lm_final)
     summary = {
         "accuracy": digit_accuracy(answers),
         "chance": CHANCE,
