@@ -1,7 +1,11 @@
-"""The adapters of examples/eval on an exported model, against the interfaces that the frameworks document."""
+"""The adapters of examples/eval on an exported model, against stand-ins for the frameworks; where lmms-eval is
+installed, under lmms-eval itself.
+"""
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -101,6 +105,7 @@ def test_lmms_eval_answers_a_local_task(directory, frameworks, task_utils, batch
         )
         for i in range(len(docs))
     ]
+    assert model.device == torch.device("cpu")  # lmms-eval under several processes asks for it
     answers = model.generate_until(requests)
     assert len(answers) == len(docs)
     single = adapter.Laver(pretrained=str(directory / "hf"), device="cpu")
@@ -166,3 +171,26 @@ def test_manifest_and_task_name_things_that_exist(frameworks, task_utils):
     assert len(functions) == 5
     assert all(hasattr(task_utils, value.removeprefix("utils.")) for value in functions)
     assert Path(task["dataset_kwargs"]["data_files"]["test"]).name == "heldout.json"
+
+
+def test_lmms_eval_itself_runs_the_task(directory, tmp_path):
+    pytest.importorskip("lmms_eval")
+    docs = [doc for doc in json.loads((directory / "train.json").read_text()) if "image" in doc]
+    (tmp_path / "data" / "demo").mkdir(parents=True)
+    (tmp_path / "data" / "demo" / "heldout.json").write_text(json.dumps(docs))
+    # The manifest as an installed package would declare it.
+    (tmp_path / "laver_eval-0.dist-info").mkdir()
+    (tmp_path / "laver_eval-0.dist-info" / "METADATA").write_text("Name: laver-eval\nVersion: 0\n")
+    (tmp_path / "laver_eval-0.dist-info" / "entry_points.txt").write_text(
+        "[lmms_eval.models]\nlaver = laver_eval.lmms_adapter:model_manifest\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(EVAL), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"LAVER_DEMO": str(directory), "PYTHONPATH": path}
+    environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lmms_eval", "--model", "laver", "--tasks", "laver_demo"]
+    command += ["--model_args", f"pretrained={directory / 'hf'},device=cpu", "--batch_size", "3"]
+    command += ["--include_path", str(EVAL / "tasks"), "--output_path", "out"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    (results,) = (tmp_path / "out").rglob("*_results.json")
+    found = json.loads(results.read_text())["results"]["laver_demo"]
+    assert 0 <= found["exact_match,none"] <= 1

@@ -1,14 +1,18 @@
-"""lmms-eval: `python -m lmms_eval --model laver --model_args pretrained=DIR --tasks ...` (chat model
-interface).
+"""lmms-eval: `python -m lmms_eval --model laver --model_args pretrained=DIR --tasks ...`. A chat model, which
+lmms-eval asks for generation only.
 """
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.api.registry import register_model
 from lmms_eval.protocol import ChatMessages
+from PIL import Image
 
-from laver_eval.answering import AnsweringModel
+from laver_eval.answering import AnsweringModel, Messages
 
 
 @register_model("laver")
@@ -31,7 +35,14 @@ class Laver(lmms):
                 f"unknown model_args {sorted(kwargs)}; use pretrained, device, batch_size, dtype"
             )
         self.batch_size_per_gpu = int(batch_size)
+        if device == "cuda" and "LOCAL_RANK" in os.environ:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
         self.answering = AnsweringModel(pretrained, device=device, dtype=dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where lmms-eval puts the tensors that it exchanges between processes."""
+        return self.answering.model.device
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Answers in the order of `requests`; requests with equal settings share batches."""
@@ -47,14 +58,14 @@ class Laver(lmms):
                     answers[index] = answer
         return answers
 
+    def _conversation(self, request: Any) -> tuple[Messages, Sequence[Image.Image]]:
+        # lmms-eval 0.7 puts the formatted text before the five that its model guide documents.
+        doc_to_messages, _, doc_id, task, split = request.args[-5:]
+        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
+        return messages.to_hf_messages(), messages.extract_media()[0]
+
     def _answer(self, requests: list[Any]) -> list[str]:
-        conversations, images = [], []
-        for request in requests:
-            # Some versions put the formatted text before these five, as simple models receive it.
-            doc_to_messages, _, doc_id, task, split = request.args[-5:]
-            messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
-            conversations.append(messages.to_hf_messages())
-            images.append(messages.extract_media()[0])
+        conversations, images = zip(*(self._conversation(request) for request in requests), strict=True)
         settings = requests[0].args[-4]
         until = settings.get("until") or []
         return self.answering.answer(
