@@ -19,8 +19,8 @@ from laver_mcore.model.mixed_attention import PackedLayout
 class ModelInputs:
     """One pass over [dialogue | reconstruction]; either part may be empty.
 
-    On ranks that do not encode images `pixels` is None. `share_counts` (and grids) are the visual tokens that each
-    tensor-parallel rank of the first stage contributes, in image order.
+    On ranks that do not encode images `pixels` is None. `share_grids` are the token grids of the images that each
+    tensor-parallel rank of the first stage encodes, in image order.
     """
 
     packed: PackedLayout
@@ -31,10 +31,14 @@ class ModelInputs:
     visual_rows_N: torch.Tensor
     pixels: torch.Tensor | None
     features: torch.Tensor | None
-    share_counts: tuple[int, ...]
     share_grids: tuple[tuple[tuple[int, int], ...], ...]
     reconstruct: bool
     masked_N: torch.Tensor | None
+
+    @property
+    def share_counts(self) -> tuple[int, ...]:
+        """Visual tokens that each tensor-parallel rank of the first stage contributes."""
+        return tuple(sum(h * w for h, w in grids) for grids in self.share_grids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +87,6 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _share_counts(batch: Batch, tp_size: int) -> tuple[int, ...]:
-    tokens = [h * w for h, w in batch.image_grids]
-    return tuple(sum(tokens[start:stop]) for start, stop in image_shares(len(tokens), tp_size))
-
-
 def share_grids(batch: Batch, tp_size: int) -> tuple[tuple[tuple[int, int], ...], ...]:
     """Token grids of the images that each tensor-parallel rank encodes."""
     return tuple(batch.image_grids[start:stop] for start, stop in image_shares(batch.num_images, tp_size))
@@ -128,7 +127,6 @@ def student_inputs(
         visual_rows_N=batch.visual_rows_N.to(device, non_blocking=True),
         pixels=None if batch.pixels is None else batch.pixels.to(device, non_blocking=True),
         features=features,
-        share_counts=_share_counts(batch, tp_size),
         share_grids=share_grids(batch, tp_size),
         reconstruct=masked_N is not None,
         masked_N=None if masked_N is None else torch.from_numpy(masked_N).to(device, non_blocking=True),
@@ -155,7 +153,6 @@ def teacher_inputs(
         visual_rows_N=torch.empty(0, dtype=torch.int64, device=device),
         pixels=None if batch.pixels is None else batch.pixels.to(device, non_blocking=True),
         features=features,
-        share_counts=_share_counts(batch, tp_size),
         share_grids=share_grids(batch, tp_size),
         reconstruct=True,
         masked_N=None,

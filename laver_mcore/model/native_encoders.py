@@ -10,7 +10,6 @@ side.
 """
 
 import itertools
-import json
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from laver_mcore.config.checks import ConfigError
+from laver_mcore.model.vision_encoders import read_config_file
 
 Grids = Sequence[tuple[int, int]]
 
@@ -159,12 +159,7 @@ def read_native_config(path: str | Path, kind: str) -> dict[str, Any]:
     model.
     """
     file = Path(path) / "config.json"
-    try:
-        whole = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(f"{file}: no such file; vision_path must be a Hugging Face directory") from None
-    except ValueError as error:
-        raise ConfigError(f"{file}: broken JSON ({error})") from None
+    whole = read_config_file(file)
     wanted = NATIVE[kind].model_types
     if whole.get("model_type") not in wanted:
         names = " or ".join(map(repr, wanted))

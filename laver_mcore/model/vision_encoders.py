@@ -182,6 +182,16 @@ def build_vision_encoder(
     return VisionEncoder(kind, tower, layer=layer, select=select).to(device)
 
 
+def read_config_file(file: Path) -> dict[str, Any]:
+    """Return the JSON object of a tower's `config.json`; ConfigError if it is missing or broken."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError(f"{file}: no such file; vision_path must be a Hugging Face directory") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: broken JSON ({error})") from None
+
+
 def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     """Return the vision tower's settings from `path/config.json`, whole checkpoint or vision half.
 
@@ -189,12 +199,7 @@ def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     name.
     """
     file = Path(path) / "config.json"
-    try:
-        whole = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(f"{file}: no such file; vision_path must be a Hugging Face directory") from None
-    except ValueError as error:
-        raise ConfigError(f"{file}: broken JSON ({error})") from None
+    whole = read_config_file(file)
     found = whole.get("model_type")
     kinds = [kind] if kind is not None else list(_TOWERS)
     wanted = [name for each in kinds for name in _spec(each).model_types]
@@ -214,7 +219,7 @@ def read_patch_size(path: str | Path) -> int:
     import transformers
 
     config = read_config(path)
-    model_type = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    model_type = read_config_file(Path(path) / "config.json")["model_type"]
     spec = next(spec for spec in _TOWERS.values() if model_type in spec.model_types)
     return int(getattr(transformers, spec.config)(**config).patch_size)  # published files leave defaults out
 
