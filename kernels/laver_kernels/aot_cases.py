@@ -106,8 +106,8 @@ def gram_cases(arch: str) -> list[Case]:
         make_case(
             "gram forward", arch, gram_forward,
             "*bf16 *bf16 *fp32 *fp32 *bf16 *fp32 *fp32 *i32 *i32 *i32 *i64 i32 i32 i32 i32",
-            {"BLOCK": forward.rows, "DEPTH": forward.depth, "CLIP": True, "WANT_GRAD": True, "EVEN": True}
-            | precision, forward,
+            {"BLOCK": forward.rows, "DEPTH": forward.depth, "CLIP": True, "WANT_GRAD": True, "MIRROR": True,
+             "EVEN": True} | precision, forward,
         ),
         make_case(
             "gram backward", arch, gram_backward,

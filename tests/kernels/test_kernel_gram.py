@@ -108,3 +108,44 @@ def test_twenty_runs_are_bitwise_equal(impl, device, poison):
         loss.backward()
         found.add((loss.item(), leaf.grad.cpu().numpy().tobytes()))
     assert len(found) == 1
+
+
+WAVES = {
+    # workspace bytes -> whole images in three waves; the largest image in slabs, first, last or alone
+    "waves": ((40, 33, 5, 30), 8000),
+    "slabs between": ((40, 100, 5), 16000),
+    "slabs first": ((100, 33, 0, 1), 30000),
+    "one image in slabs": ((100,), 1),
+}
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["cga", "ga"])
+@pytest.mark.parametrize("name", WAVES)
+def test_waves_through_a_bounded_workspace(name, clip, device, poison, monkeypatch):
+    waves = pytest.importorskip("laver_kernels.gram.waves")
+    lengths, workspace = WAVES[name]
+    monkeypatch.setattr(waves, "WORKSPACE_BYTES", workspace)
+    assert len(waves.split(lengths, 32, 32, workspace // 4)) > 1
+    check(gram_problem(name, lengths, clip=clip, device=device), "triton")
+
+
+def test_waves_cover_every_row_once():
+    waves = pytest.importorskip("laver_kernels.gram.waves")
+    lengths = (700, 33, 0, 5, 128, 129, 2000, 64)
+    for block, rows in ((128, 128), (64, 128), (128, 64)):
+        for max_elements in (1, 10_000, 300_000, 10**9):
+            found = waves.split(lengths, block, rows, max_elements)
+            rows_seen = [
+                (slab.image, row)
+                for wave in found
+                for slab in wave.slabs
+                for row in range(slab.first * block, min(slab.last * block, lengths[slab.image]))
+            ]
+            assert sorted(rows_seen) == [
+                (i, row) for i, length in enumerate(lengths) for row in range(length)
+            ]
+            for wave in found:
+                smallest = max(block, rows) * max(waves.w_stride(lengths[slab.image]) for slab in wave.slabs)
+                assert wave.w_elements <= max(max_elements, smallest)
+                assert all(slab.first * block % rows == 0 for slab in wave.slabs)
+                assert wave.is_whole or len(wave.slabs) == 1

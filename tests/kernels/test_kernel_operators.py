@@ -93,10 +93,11 @@ def test_autocast_casts_attention_and_head_and_leaves_the_losses(device, bf16_in
             assert torch.equal(got, want)
 
 
-def test_operator_registrations(device):
+def test_operator_registrations(device, monkeypatch):
     """Schema, fake tensors, autograd registration and AOT dispatch, by PyTorch's own checker."""
     from laver_kernels.ema import triton as ema
     from laver_kernels.gram import triton as gram
+    from laver_kernels.gram import waves
     from laver_kernels.latent_cross_entropy import triton as latent
     from laver_kernels.linear_cross_entropy import triton as head
     from laver_kernels.mixed_attention import triton as attention
@@ -112,7 +113,9 @@ def test_operator_registrations(device):
     opcheck = torch.library.opcheck
     opcheck(attention.forward_op, (q, k, v, *bounds, cos, sin, 0.25))
     opcheck(attention.forward_op, (q, k, v, *bounds, None, None, 0.25))
-    opcheck(gram.forward_op, (leaf(20, 16), torch.randn(20, 16, device=device), [12, 8], True, True))
+    for workspace in (waves.WORKSPACE_BYTES, 1200):
+        monkeypatch.setattr(waves, "WORKSPACE_BYTES", workspace)
+        opcheck(gram.forward_op, (leaf(20, 16), torch.randn(20, 16, device=device), [12, 8], True, True))
     rows = torch.tensor([3, 9], device=device)
     opcheck(
         latent.forward_op, (leaf(20, 16), torch.randn(20, 16, device=device), rows, None, 0.1, 0.04, True)
@@ -149,7 +152,7 @@ def _allocations(nodes):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu reads the allocator's peak instead")
-def test_no_quadratic_memory():
+def test_no_quadratic_memory(monkeypatch):
     num_tokens = 384
     documents = ((text(64), image(256), text(64)),)
     intervals = intervals_of(documents)
@@ -166,6 +169,20 @@ def test_no_quadratic_memory():
         lambda: _run([student], lambda z: gram_loss(z, teacher, lengths, impl="triton"))
     )
     assert 0 < largest <= sum(n * n for n in lengths) * 4 < 192**2 * 4
+
+    # With a smaller workspace: the gradient, or one wave's W, however many images there are.
+    monkeypatch.setattr("laver_kernels.gram.waves.WORKSPACE_BYTES", 2 * 16 * 16 * 4)
+    student, teacher, lengths = torch.randn(1600, 16), torch.randn(1600, 16), (16,) * 100
+    largest = _largest_allocation(
+        lambda: _run([student], lambda z: gram_loss(z, teacher, lengths, impl="triton"))
+    )
+    assert 0 < largest <= student.nbytes < sum(n * n for n in lengths) * 4 * 2
+    # One image in slabs of row blocks: never n x n.
+    student, teacher = torch.randn(300, 16), torch.randn(300, 16)
+    largest = _largest_allocation(
+        lambda: _run([student], lambda z: gram_loss(z, teacher, (300,), impl="triton"))
+    )
+    assert 0 < largest <= 32 * 304 * 4 < 300 * 300 * 4
 
     # Head: at most chunk_rows rows of logits, or the gradient of the weight.
     hidden, weight, targets = torch.randn(64, 8), torch.randn(300, 8), torch.randint(0, 300, (64,))

@@ -57,12 +57,13 @@ def _products(
 def gram_forward(
     S, T, R_S, R_T, W, LOSS, DOTS, TILES, STARTS, LENGTHS, W_STARTS, num_rows, width, stride_s, stride_t,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr, CLIP: tl.constexpr, WANT_GRAD: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    MIRROR: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile (i <= j) of one image: its share of the loss, of W (both triangles) and of the row dots c.
+    """One tile of one image: its share of the loss, of W and of the row dots c.
 
-    DOTS is `[column tiles, N]`: a tile writes its row sums at its column, its mirror image's at its row, and
-    the backward adds them in order, so that nothing depends on which program ran first.
+    With MIRROR tiles i <= j alone run, and each gives both triangles. DOTS is `[column tiles, N]`: a tile
+    writes its row sums at its column, its mirror image's at its row, and the backward adds them in order, so
+    that nothing depends on which program ran first.
     """
     pid = tl.program_id(0)
     image = tl.load(TILES + pid * 3)
@@ -101,7 +102,7 @@ def gram_forward(
         # The padding of a row is written too (zeros): the backward's vector loads reach it.
         ok = ok_i[:, None] & (j < w_stride)[None, :]
         tl.store(W + w_start + i.to(tl.int64)[:, None] * w_stride + j[None, :], weight, mask=ok)
-        if tile_i != tile_j:
+        if MIRROR and tile_i != tile_j:
             mirror_at = DOTS + first + tl.cast(tile_i, tl.int64) * num_rows
             tl.store(mirror_at + j, tl.sum(dots, 0), mask=ok_j)
             mirror_ok = ok_j[:, None] & ok_i[None, :]
