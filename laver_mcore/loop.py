@@ -6,12 +6,13 @@ from typing import Any
 
 from laver_mcore import checkpoint, schedules
 from laver_mcore.checkpoint import Progress
+from laver_mcore.counts import COUNTS
 from laver_mcore.data.agreement import agreement
 from laver_mcore.data.loader import DialogueData
 from laver_mcore.engine import Engine
 from laver_mcore.metrics import Metrics
 from laver_mcore.schedules import Knobs
-from laver_mcore.step import COUNTS, LOSSES, StepResult, check_teacher_moved, train_step
+from laver_mcore.step import LOSSES, StepResult, check_teacher_moved, train_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ def metrics_row(
         "momentum": knobs.momentum if on else None,
         "teacher_distance": state.teacher_distance if on else None,
         "visual_similarity": losses["visual_similarity"] if counts["similar_images"] else None,
-        "tokens_per_second": counts["tokens"] / seconds,
+        "tokens_per_second": counts["dialogue_rows"] / seconds,
         "images_per_second": counts["images"] / seconds,
         "skipped": state.skipped,
     }

@@ -14,29 +14,27 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from laver_mcore.counts import global_counts, image_lengths, student_rows, teacher_rows
 from laver_mcore.data.batch import Batch
 from laver_mcore.data.masking import draw_mask
 from laver_mcore.engine import Engine
 from laver_mcore.model.inputs import (
     ModelInputs,
-    num_student_rows,
-    num_teacher_rows,
     share_grids,
     student_inputs,
     teacher_inputs,
 )
 from laver_mcore.model.laver import LaverOutput
 from laver_mcore.model.teacher import TeacherError
-from laver_mcore.objectives.gram import gram_sum, num_gram_matrices
+from laver_mcore.objectives.gram import gram_sum
 from laver_mcore.objectives.latent import latent_sum
 from laver_mcore.objectives.next_token import next_token_sum
-from laver_mcore.objectives.similarity import num_similar_images, similarity_sum
+from laver_mcore.objectives.similarity import similarity_sum
 from laver_mcore.optimizer import apply_gradients, master_weights, set_learning_rate
-from laver_mcore.pipeline import even_rows, run_pipeline
+from laver_mcore.pipeline import run_pipeline
 from laver_mcore.schedules import Knobs
 
 LOSSES = ("lm_loss", "mim_loss", "gram_loss", "visual_similarity")
-COUNTS = ("supervised", "masked", "gram_matrices", "similar_images", "tokens", "images")
 
 MIN_EXPECTED_MOVE = 1e-4
 """Below this `1 - momentum` a teacher may stand still by rounding alone."""
@@ -49,7 +47,7 @@ class StepResult:
     losses: torch.Tensor | None
     """[4] `LOSSES`, already divided by their global counts; None on ranks that do not compute losses."""
     counts: torch.Tensor
-    """[6] `COUNTS` over all micro-batches and data-parallel ranks."""
+    """`COUNTS` over all micro-batches and data-parallel ranks."""
     grad_norm: float
     applied: bool
     teacher_distance: torch.Tensor | None
@@ -87,31 +85,6 @@ def draw_masks(batch: Batch, engine: Engine, knobs: Knobs) -> np.ndarray | None:
     return np.concatenate([np.zeros(0, dtype=bool), *masks])
 
 
-def _image_lengths(batch: Batch) -> tuple[int, ...]:
-    return tuple(h * w for h, w in batch.image_grids)
-
-
-def global_counts(
-    batches: Sequence[Batch], masks: Sequence[np.ndarray | None], engine: Engine
-) -> torch.Tensor:
-    """`COUNTS` [6] summed over micro-batches and data-parallel ranks, float64 on the device."""
-    scope = engine.config.laver.gram_scope
-    local = np.zeros(len(COUNTS))
-    for batch, mask in zip(batches, masks, strict=True):
-        lengths = _image_lengths(batch)
-        local += (
-            len(batch.supervised_rows_M),
-            0 if mask is None else int(mask.sum()),
-            num_gram_matrices(lengths, scope),
-            num_similar_images(lengths),
-            sum(batch.document_lengths),
-            len(lengths),
-        )
-    counts = torch.from_numpy(local).to(engine.topology.device)
-    dist.all_reduce(counts, group=engine.topology.dp_group)
-    return counts
-
-
 @torch.no_grad()
 def _frozen_features(batches: Sequence[Batch], engine: Engine) -> list[torch.Tensor | None]:
     """Features of a frozen vision encoder, computed once and used by teacher and student alike."""
@@ -135,13 +108,9 @@ def _teacher_targets(
     batches: Sequence[Batch], features: Sequence[torch.Tensor | None], engine: Engine
 ) -> list[torch.Tensor | None]:
     """Targets [N, K] per micro-batch on the last stage: a forward-only pass with the teacher's weights."""
-    teacher = engine.teacher
-    # All ranks of one model replica hold the same batches, so they agree on skipping the pass.
-    if teacher is None or not any(batch.num_images for batch in batches):
+    teacher, rows = engine.teacher, teacher_rows(batches, engine)
+    if teacher is None or rows is None:
         return [None] * len(batches)
-    rows = even_rows(
-        [num_teacher_rows(batch, engine.config.data.pad_to_multiple) for batch in batches], engine
-    )
     items = [
         teacher_inputs(batch, num_rows, **_input_settings(engine), features=feature)
         for batch, num_rows, feature in zip(batches, rows, features, strict=True)
@@ -205,13 +174,12 @@ def train_step(engine: Engine, batches: Sequence[Batch], knobs: Knobs) -> StepRe
     divisors = counts[: len(LOSSES)].clamp(min=1).float()
     features = _frozen_features(batches, engine)
     targets = _teacher_targets(batches, features, engine)
-    pad = engine.config.data.pad_to_multiple
-    rows = even_rows([num_student_rows(batch, laver.laver, pad) for batch in batches], engine)
+    rows = student_rows(batches, engine)
     items = [
         _MicroBatch(
             inputs=student_inputs(batch, mask, num_rows, **_input_settings(engine), features=feature),
             batch=replace(batch, pixels=None).to(device, non_blocking=True),
-            image_lengths=_image_lengths(batch),
+            image_lengths=image_lengths(batch),
             masked_rows_M=torch.from_numpy(np.flatnonzero(mask if mask is not None else [])).to(device),
             teacher_NK=target,
         )

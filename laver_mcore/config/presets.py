@@ -6,6 +6,7 @@ from typing import Any
 
 from laver_mcore.config.schema import ModelConfig
 
+# The larger base models have an epsilon of 1e-5, their Instruct versions, where the recipes start, this one.
 _QWEN: dict[str, Any] = dict(rotary_base=1e6, norm_epsilon=1e-6)
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -55,6 +56,36 @@ PRESETS: dict[str, dict[str, Any]] = {
         ffn_hidden_size=18944,
         num_attention_heads=28,
         num_query_groups=4,
+        vocab_size=152064,
+        untie_embeddings_and_output_weights=True,
+        **_QWEN,
+    ),
+    "qwen2.5-14b": dict(
+        num_layers=48,
+        hidden_size=5120,
+        ffn_hidden_size=13824,
+        num_attention_heads=40,
+        num_query_groups=8,
+        vocab_size=152064,
+        untie_embeddings_and_output_weights=True,
+        **_QWEN,
+    ),
+    "qwen2.5-32b": dict(
+        num_layers=64,
+        hidden_size=5120,
+        ffn_hidden_size=27648,
+        num_attention_heads=40,
+        num_query_groups=8,
+        vocab_size=152064,
+        untie_embeddings_and_output_weights=True,
+        **_QWEN,
+    ),
+    "qwen2.5-72b": dict(
+        num_layers=80,
+        hidden_size=8192,
+        ffn_hidden_size=29568,
+        num_attention_heads=64,
+        num_query_groups=8,
         vocab_size=152064,
         untie_embeddings_and_output_weights=True,
         **_QWEN,

@@ -12,7 +12,7 @@ class ModelConfig:
     """Decoder: a preset's shape; any field given here wins over the preset."""
 
     model: str = "qwen2.5-7b"
-    """Preset: tiny, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-3b, qwen2.5-7b."""
+    """Preset: tiny, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-3b, 7b, 14b, 32b, 72b (all qwen2.5-)."""
     num_layers: int | None = None
     """Decoder layers."""
     hidden_size: int | None = None

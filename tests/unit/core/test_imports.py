@@ -24,10 +24,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "optimizer": ("config", "parallel"),
     "engine": ("config", "model", "parallel"),
     "pipeline": ("engine",),
-    "step": ("data", "model", "objectives", "engine", "optimizer", "pipeline", "schedules"),
+    "accounting": ("config", "schedules"),
+    "counts": ("accounting", "data", "model", "objectives", "engine", "pipeline"),
+    "step": ("counts", "data", "model", "objectives", "engine", "optimizer", "pipeline", "schedules"),
     "metrics": ("config",),
     "checkpoint": ("config", "model", "engine", "optimizer"),
-    "loop": ("data", "step", "checkpoint", "engine", "metrics", "schedules"),
+    "loop": ("accounting", "counts", "data", "step", "checkpoint", "engine", "metrics", "schedules"),
     "generate": ("config", "data", "model", "engine", "pipeline"),
     "convert": ("config", "data", "model", "parallel", "engine", "checkpoint", "pipeline"),
     "report": ("report_picture",),
@@ -61,6 +63,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dry_run": ("build", "config", "data", "model", "parallel", "cpu", "run"),
 }
 MEGATRON_FREE = (
+    "accounting",
     "config",
     "schedules",
     "data",

@@ -1,0 +1,1 @@
+"""Arithmetic on a recipe: how many parameters, floating-point operations and bytes it takes. Imports no Megatron."""

@@ -1,0 +1,75 @@
+"""What a step holds, counted over all micro-batches and data-parallel ranks before any forward.
+
+The counts follow from the batches on the host, so one small all-reduce is all that they cost.
+"""
+
+from collections.abc import Sequence
+from dataclasses import astuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from laver_mcore.accounting.work import WORK, StepWork, micro_batch_work
+from laver_mcore.data.batch import Batch
+from laver_mcore.engine import Engine
+from laver_mcore.model.inputs import num_student_rows, num_teacher_rows
+from laver_mcore.objectives.gram import num_gram_matrices
+from laver_mcore.objectives.similarity import num_similar_images
+from laver_mcore.pipeline import even_rows
+
+DIVISORS = ("supervised", "masked", "gram_matrices", "similar_images")
+"""What each loss is divided by, in the order of the losses."""
+COUNTS = (*DIVISORS, *WORK)
+
+
+def image_lengths(batch: Batch) -> tuple[int, ...]:
+    """Visual tokens of every image."""
+    return tuple(h * w for h, w in batch.image_grids)
+
+
+def student_rows(batches: Sequence[Batch], engine: Engine) -> list[int]:
+    """Rows of the student's pass over each micro-batch, padding included."""
+    pad, laver = engine.config.data.pad_to_multiple, engine.config.laver.laver
+    return even_rows([num_student_rows(batch, laver, pad) for batch in batches], engine)
+
+
+def teacher_rows(batches: Sequence[Batch], engine: Engine) -> list[int] | None:
+    """Rows of the teacher's pass over each micro-batch, padding included; None where there is nothing to look at."""
+    # All ranks of one model replica hold the same batches, so they agree on skipping the pass.
+    if engine.teacher is None or not any(batch.num_images for batch in batches):
+        return None
+    pad = engine.config.data.pad_to_multiple
+    return even_rows([num_teacher_rows(batch, pad) for batch in batches], engine)
+
+
+def global_counts(
+    batches: Sequence[Batch], masks: Sequence[np.ndarray | None], engine: Engine
+) -> torch.Tensor:
+    """`COUNTS` summed over micro-batches and data-parallel ranks, float64 on the device."""
+    config = engine.config
+    divisors, work = np.zeros(len(DIVISORS)), StepWork()
+    students = student_rows(batches, engine)
+    teachers = teacher_rows(batches, engine) or [0] * len(batches)
+    for batch, mask, student, teacher in zip(batches, masks, students, teachers, strict=True):
+        lengths = image_lengths(batch)
+        supervised, masked = len(batch.supervised_rows_M), 0 if mask is None else int(mask.sum())
+        scope = config.laver.gram_scope
+        divisors += (supervised, masked, num_gram_matrices(lengths, scope), num_similar_images(lengths))
+        work += micro_batch_work(
+            config,
+            document_lengths=batch.document_lengths,
+            image_grids=batch.image_grids,
+            student_rows=student,
+            teacher_rows=teacher,
+            supervised_rows=supervised,
+            masked_rows=masked,
+        )
+    counts = torch.tensor([*divisors, *astuple(work)], dtype=torch.float64, device=engine.topology.device)
+    dist.all_reduce(counts, group=engine.topology.dp_group)
+    return counts
+
+
+def work_of(counts: Sequence[float]) -> StepWork:
+    """The work in a list of `COUNTS`."""
+    return StepWork.of(counts[len(DIVISORS) :])

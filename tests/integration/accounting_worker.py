@@ -1,0 +1,103 @@
+"""Build engines, run one step of each, and write down what was really there: `accounting_worker.py SCENARIOS.json`.
+
+Every rank writes `NAME.RANK.json`: matrix products as torch's FlopCounterMode counts them, the step's counts, the
+parameters, and the bytes of the tensors that stay.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+
+def main(path: str) -> None:
+    warnings.filterwarnings("ignore")
+    import torch.distributed as dist
+
+    from laver_mcore import parallel
+
+    device = parallel.init_distributed(timeout_minutes=2)
+    for scenario in json.loads(Path(path).read_text()):
+        found = observe(scenario["argv"], device)
+        (Path(path).parent / f"{scenario['name']}.{dist.get_rank()}.json").write_text(json.dumps(found))
+    parallel.shut_down()
+
+
+def observe(argv: list[str], device) -> dict:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from laver_mcore import parallel, schedules
+    from laver_mcore.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
+    from laver_mcore.config.load import parse
+    from laver_mcore.model.parameters import named_parameters
+    from laver_mcore.step import train_step
+
+    config, _ = parse(argv)
+    tokenizer = build_tokenizer(config)
+    data = build_data(config, tokenizer)
+    vocab_size = resolve_vocab_size(config, tokenizer)
+    topology = parallel.build_topology(config.parallel, device)
+    engine, _ = build_engine(config, topology, vocab_size)
+    steps = data.iterate(
+        0,
+        1,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=topology.dp_rank,
+        dp_size=topology.dp_size,
+        image_share=(topology.tp_rank, topology.tp_size) if topology.on_first_stage else None,
+    )
+    batches = next(steps)
+    steps.close()
+    torch.manual_seed(0)
+    with FlopCounterMode(display=False) as counter:
+        result = train_step(engine, batches, schedules.at(config, config.train.train_iters - 1))
+    flops: dict[str, int] = {}
+    for op, number in counter.get_flop_counts()["Global"].items():
+        flops[str(op).removeprefix("aten.")] = flops.get(str(op), 0) + number
+    masks = [
+        [int(b.layout.intervals.row_hi_T.sub(b.layout.intervals.row_lo_T).clamp(min=0).sum()), b.image_grids]
+        for b in batches
+    ]
+    return dict(
+        vocab_size=vocab_size,
+        flops=flops,
+        counts=result.counts.tolist(),
+        masks=masks,
+        parameters=[
+            [item.name, list(item.parameter.shape), item.parameter.requires_grad, item.owned, item.sharded]
+            for item in named_parameters(engine.chunks, topology)
+        ],
+        bytes=tensor_bytes(engine),
+    )
+
+
+def tensor_bytes(engine) -> dict[str, int]:
+    """Bytes on this rank of weights, gradients, optimizer state and teacher, every storage counted once."""
+    import torch
+
+    parameters = [p for chunk in engine.chunks for p in chunk.parameters()]
+    weights = {p.data_ptr() for p in parameters}
+    optimizer: dict[int, int] = {}
+    for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+        inner = getattr(part, "optimizer", None)
+        for group in inner.param_groups if inner is not None else ():
+            for parameter in group["params"]:
+                state = inner.state.get(parameter, {})
+                tensors = [parameter, *(v for v in state.values() if isinstance(v, torch.Tensor) and v.dim())]
+                optimizer.update({t.data_ptr(): t.nbytes for t in tensors if t.data_ptr() not in weights})
+    teacher: dict[int, int] = {}
+    if engine.teacher is not None:
+        held = (*engine.teacher.averages.values(), *engine.teacher._compute.values())
+        teacher = {t.data_ptr(): t.nbytes for t in held}
+    return dict(
+        weights=sum(p.nbytes for p in parameters),
+        gradients=sum(p.main_grad.nbytes for p in parameters if p.requires_grad),
+        optimizer=sum(optimizer.values()),
+        teacher=sum(teacher.values()),
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,119 @@
+"""FLOPs by formula against torch's own counter on a real step, and the step's counts against its masks."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from sample_run import write_recipe, write_sample_data
+from unit.model.test_native_encoders import CONFIGS, write_directory
+
+from integration.harness import torchrun
+from laver_mcore.accounting.flops import step_flops
+from laver_mcore.accounting.weights import list_weights
+from laver_mcore.config.load import parse
+from laver_mcore.counts import COUNTS, DIVISORS, work_of
+
+DECODER = "--trainable connector.* language_model.* mask_token vision_head.*"
+TOWER = "--overlong drop --vision KIND --vision-path {directory}/KIND --vision-random-init"
+# Name -> flags. The sample recipe is encoder-free LaVer in which everything trains.
+STEPS = {
+    "laver": "",
+    "lm_only": "--no-laver",
+    "connector_alone": "--no-laver --trainable connector.*",
+    "upper_layers": "--trainable language_model.decoder.layers.[23].* vision_head.*",
+    "one_matrix": "--no-laver --trainable language_model.decoder.layers.2.mlp.linear_fc1.weight",
+    "heads_alone": "--trainable vision_head.* language_model.output_layer.weight "
+    "--untie-embeddings-and-output-weights True",
+    "untied": "--untie-embeddings-and-output-weights True",
+    "full_recompute": "--recompute-granularity full",
+    "block_recompute": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
+    "selective_recompute": "--recompute-granularity selective",
+    "micro_batch_2": "--micro-batch-size 2",
+    **{f"{kind}_frozen": f"{TOWER} {DECODER}".replace("KIND", kind) for kind in CONFIGS},
+    **{f"{kind}_trained": TOWER.replace("KIND", kind) for kind in CONFIGS},
+}  # fmt: skip
+
+
+def argv_of(directory, name):
+    gram = "" if "gram" in name else "--gram off"
+    flags = f"--config {directory}/recipe.yaml {STEPS.get(name, '')} {gram} --kernels reference"
+    return flags.format(directory=directory).split()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("flops")
+    write_sample_data(directory, num_samples=12)
+    write_recipe(directory)
+    for kind in CONFIGS:
+        write_directory(directory / kind, kind)
+    plan = [{"name": name, "argv": argv_of(directory, name)} for name in (*STEPS, "with_gram")]
+    (directory / "plan.json").write_text(json.dumps(plan))
+    done = torchrun(1, "tests/integration/accounting_worker.py", str(directory / "plan.json"))
+    assert done.returncode == 0, done.stderr[-6000:]
+    return directory
+
+
+def observed(directory, name):
+    config, _ = parse(argv_of(directory, name))
+    return config, json.loads((directory / f"{name}.0.json").read_text())
+
+
+def matrix_flops(found):
+    """All products but attention's, which the reference computes over dense masks, and the Gram loss's."""
+    return sum(n for op, n in found["flops"].items() if "attention" not in op and op != "bmm")
+
+
+def trained_matrices(config, found):
+    return [w for w in list_weights(config, found["vocab_size"]) if w.trains and w.rows]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_matrix_products(directory, name):
+    config, found = observed(directory, name)
+    work = work_of(found["counts"])
+    no_pairs = dict.fromkeys(
+        ("dialogue_pairs", "reconstruction_pairs", "patch_pairs", "window_pairs", "gram_pairs"), 0
+    )
+    flops = step_flops(config, found["vocab_size"], replace(work, **no_pairs))
+    # On the CPU the reference multiplies with the real vocabulary, not with the padded one.
+    expected = flops.total.hardware - flops.lm_head.hardware + flops.lm_head.model
+    if name == "one_matrix":  # Megatron's linear layer makes its input's gradient even if nobody asks for it
+        rows, (weight,) = work.dialogue_rows + work.student_padding, trained_matrices(config, found)
+        expected += 2 * rows * weight.size
+    assert matrix_flops(found) == pytest.approx(expected, rel=1e-9)
+
+
+def test_gram(directory):
+    """The reference multiplies whole squares and differentiates both factors: 8 n^2 K where the kernels need 4."""
+    config, found = observed(directory, "with_gram")
+    expected = step_flops(config, found["vocab_size"], work_of(found["counts"])).gram.model
+    assert expected > 0
+    assert found["flops"]["bmm"] == pytest.approx(2 * expected)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_parameters(directory, name):
+    """Every weight of the list is one of the model's, with its size, and none is missing."""
+    config, found = observed(directory, name)
+    listed = {w.name: (w.size, w.trains) for w in list_weights(config, found["vocab_size"])}
+    real = {}
+    for parameter, shape, trains, _, _ in found["parameters"]:
+        size = 1
+        for side in shape:
+            size *= side
+        real[parameter] = (size, trains)
+    assert listed == real
+
+
+def test_counts(directory):
+    _, found = observed(directory, "laver")
+    counts = dict(zip(COUNTS, found["counts"], strict=True))
+    assert counts["dialogue_pairs"] == sum(pairs for pairs, _ in found["masks"])
+    grids = [grid for _, grids in found["masks"] for grid in grids]
+    assert counts["reconstruction_pairs"] == sum((h * w) ** 2 for h, w in grids)
+    assert counts["visual_tokens"] == sum(h * w for h, w in grids)
+    assert counts["images"] == len(grids)
+    assert counts["supervised"] == counts["supervised_rows"] > 0
+    assert counts["masked"] == counts["masked_rows"] > 0
+    assert DIVISORS == ("supervised", "masked", "gram_matrices", "similar_images")
