@@ -4,13 +4,19 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from laver_mcore import checkpoint, schedules
+from laver_mcore.accounting.devices import peak_tflops
+from laver_mcore.accounting.throughput import throughput
+from laver_mcore.accounting.timers import Timers, time_columns
 from laver_mcore.checkpoint import Progress
-from laver_mcore.counts import COUNTS
+from laver_mcore.counts import COUNTS, work_of
 from laver_mcore.data.agreement import agreement
 from laver_mcore.data.loader import DialogueData
 from laver_mcore.engine import Engine
 from laver_mcore.metrics import Metrics
+from laver_mcore.profiling import Profiler
 from laver_mcore.schedules import Knobs
 from laver_mcore.step import LOSSES, StepResult, check_teacher_moved, train_step
 
@@ -52,10 +58,8 @@ def _after(state: RunState, result: StepResult, knobs: Knobs, engine: Engine) ->
     )
 
 
-def metrics_row(
-    state: RunState, result: StepResult, knobs: Knobs, engine: Engine, seconds: float
-) -> dict[str, Any]:
-    """The metrics line of one iteration; quantities that do not exist in this run are null."""
+def metrics_row(state: RunState, result: StepResult, knobs: Knobs, engine: Engine) -> dict[str, Any]:
+    """Losses and knobs of one iteration; quantities that do not exist in this run are null."""
     laver = engine.config.laver
     counts = dict(zip(COUNTS, result.counts.tolist(), strict=True))
     losses: dict[str, float | None] = dict.fromkeys(LOSSES)
@@ -81,10 +85,48 @@ def metrics_row(
         "momentum": knobs.momentum if on else None,
         "teacher_distance": state.teacher_distance if on else None,
         "visual_similarity": losses["visual_similarity"] if counts["similar_images"] else None,
-        "tokens_per_second": counts["dialogue_rows"] / seconds,
-        "images_per_second": counts["images"] / seconds,
         "skipped": state.skipped,
     }
+
+
+class _Interval:
+    """Work and time of the iterations since the last metrics line."""
+
+    def __init__(self, engine: Engine, *, enabled: bool) -> None:
+        self._engine = engine
+        self.timers = Timers(engine.topology.device, enabled=enabled)
+        self._counts: torch.Tensor | None = None
+        self._start, self._steps = time.perf_counter(), 0
+        run, device = engine.config.run, engine.topology.device
+        known = device.type == "cuda" and engine.config.train.bf16
+        self._peak = run.peak_tflops or (peak_tflops(torch.cuda.get_device_name(device)) if known else None)
+
+    def add(self, result: StepResult) -> None:
+        """Take in one step; its counts stay on the device."""
+        self._counts = result.counts if self._counts is None else self._counts + result.counts
+        self._steps += 1
+
+    def restart(self) -> None:
+        """Begin anew, after a metrics line or a checkpoint."""
+        self.timers.take()
+        self._counts, self._steps, self._start = None, 0, time.perf_counter()
+
+    def columns(self, data_wait_ms: float) -> tuple[dict[str, float | None], float]:
+        """Entries of the metrics line, and the seconds of one step; waits for the device."""
+        assert self._counts is not None
+        work, taken, engine = work_of(self._counts.tolist()), self.timers.take(), self._engine
+        seconds = time.perf_counter() - self._start
+        each = seconds / self._steps
+        found = throughput(
+            engine.config, engine.vocab_size, work, seconds, engine.topology.world_size, self._peak
+        )
+        return {
+            "step_seconds": each,
+            "tokens_per_second": work.dialogue_rows / seconds,
+            "images_per_second": work.images / seconds,
+            **found,
+            **time_columns(taken, data_wait_ms, each, self._steps),
+        }, each
 
 
 def _data_start(engine: Engine, progress: Progress) -> int:
@@ -115,23 +157,25 @@ def train(engine: Engine, data: DialogueData, progress: Progress, metrics: Metri
     )
     fingerprint = data.fingerprint()
     saved = progress.iteration
-    logged_at = time.perf_counter()
+    profiler, interval = Profiler(config.run, topology.rank), _Interval(engine, enabled=metrics is not None)
     for batches in steps:
         knobs = schedules.at(config, state.progress.iteration)
-        result = train_step(engine, batches, knobs)
+        profiler.begin(state.progress.iteration + 1)
+        result = train_step(engine, batches, knobs, interval.timers)
+        interval.add(result)
         state = _after(state, result, knobs, engine)
         iteration = state.progress.iteration
-        if metrics is not None and _due(iteration, config.run.log_interval):
-            now = time.perf_counter()
-            seconds = (now - logged_at) / config.run.log_interval
-            row = metrics_row(state, result, knobs, engine, seconds)
-            metrics.write(row | {"data_wait_ms": data.take_wait_ms()}, seconds)
-            logged_at = now
         exiting = iteration == total or _due(iteration, config.run.exit_interval)
+        profiler.end(iteration, exiting=exiting)
+        if metrics is not None and _due(iteration, config.run.log_interval):
+            row = metrics_row(state, result, knobs, engine)
+            columns, seconds = interval.columns(data.take_wait_ms())
+            metrics.write(row | columns, seconds)
+            interval.restart()
         if config.run.save and (exiting or _due(iteration, config.run.save_interval)):
             checkpoint.save(engine, config.run.save, state.progress, fingerprint)
             saved = iteration
-            logged_at = time.perf_counter()
+            interval.restart()
         if exiting:
             break
     steps.close()

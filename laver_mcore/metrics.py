@@ -20,6 +20,7 @@ def format_iteration_line(
     parts = [
         f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {row['iteration']:8d}/{train_iters:8d}",
         f"elapsed time per iteration (ms): {seconds * 1000:.1f}",
+        f"throughput per GPU (TFLOP/s/GPU): {row['tflops_per_gpu']:.1f}",
         f"learning rate: {row['learning_rate']:.6E}",
         f"global batch size: {global_batch_size:5d}",
     ]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from laver_mcore.accounting.timers import Timers
 from laver_mcore.counts import global_counts, image_lengths, student_rows, teacher_rows
 from laver_mcore.data.batch import Batch
 from laver_mcore.data.masking import draw_mask
@@ -34,6 +35,7 @@ from laver_mcore.optimizer import apply_gradients, master_weights, set_learning_
 from laver_mcore.pipeline import run_pipeline
 from laver_mcore.schedules import Knobs
 
+UNTIMED = Timers(enabled=False)
 LOSSES = ("lm_loss", "mim_loss", "gram_loss", "visual_similarity")
 
 MIN_EXPECTED_MOVE = 1e-4
@@ -166,14 +168,18 @@ def _micro_batch_sums(item: _MicroBatch, output: LaverOutput, engine: Engine) ->
     return [lm, mim, gram, similarity_sum(visual_ND, item.image_lengths)]
 
 
-def train_step(engine: Engine, batches: Sequence[Batch], knobs: Knobs) -> StepResult:
+def train_step(
+    engine: Engine, batches: Sequence[Batch], knobs: Knobs, timers: Timers = UNTIMED
+) -> StepResult:
     """Run one optimizer step over this rank's micro-batches."""
     laver, device = engine.config.laver, engine.topology.device
     masks = [draw_masks(batch, engine, knobs) for batch in batches]
     counts = global_counts(batches, masks, engine)
     divisors = counts[: len(LOSSES)].clamp(min=1).float()
-    features = _frozen_features(batches, engine)
-    targets = _teacher_targets(batches, features, engine)
+    with timers.part("vision"):
+        features = _frozen_features(batches, engine)
+    with timers.part("teacher"):
+        targets = _teacher_targets(batches, features, engine)
     rows = student_rows(batches, engine)
     items = [
         _MicroBatch(
@@ -203,14 +209,18 @@ def train_step(engine: Engine, batches: Sequence[Batch], knobs: Knobs) -> StepRe
         model.zero_grad_buffer()
     engine.optimizer.zero_grad()
     set_learning_rate(engine.optimizer, knobs.learning_rate)
-    collected = run_pipeline(engine, items, rows, forward_step, forward_only=False)
-    grad_norm, applied = apply_gradients(engine.optimizer)
+    with timers.part("student"):
+        collected = run_pipeline(engine, items, rows, forward_step, forward_only=False)
+    with timers.part("optimizer"):
+        grad_norm, applied = apply_gradients(engine.optimizer)
+    with timers.part("ema"):
+        teacher_distance = _move_teacher(engine, targets, knobs)
     return StepResult(
         losses=_reduce_losses(collected, engine),
         counts=counts,
         grad_norm=grad_norm,
         applied=applied,
-        teacher_distance=_move_teacher(engine, targets, knobs),
+        teacher_distance=teacher_distance,
     )
 
 

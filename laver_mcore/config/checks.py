@@ -113,6 +113,21 @@ def _check_run(config: Config) -> None:
         run.hf_path is None or run.pretrained_checkpoint is None,
         "hf_path and pretrained_checkpoint both give the starting weights: give one of them",
     )
+    _require(
+        run.peak_tflops is None or run.peak_tflops > 0, f"peak_tflops={run.peak_tflops} must be positive"
+    )
+    _require(
+        not run.profile or run.save is not None, "profile writes its traces under the run's folder: give save"
+    )
+    _require(
+        not run.profile or 1 <= run.profile_step_start < run.profile_step_end,
+        f"profile_step_start={run.profile_step_start} and profile_step_end={run.profile_step_end}: "
+        "iterations count from 1, and the end is not traced any more",
+    )
+    _require(
+        not run.record_memory_history or run.profile,
+        "record_memory_history comes with the trace: add profile",
+    )
     _require(bool(config.data.data_path), "data_path is empty; give one or more JSON or JSONL files")
     _require(
         config.data.tokenizer_model is not None,

@@ -239,6 +239,18 @@ class RunConfig:
     """Also log to this Weights & Biases project (needs `pip install wandb`)."""
     wandb_exp_name: str | None = None
     """Name of the run there."""
+    peak_tflops: float | None = None
+    """Peak rate of one device in TFLOP/s, which mfu and hfu are shares of; known for A100, H100, H200 and B200."""
+    profile: bool = False
+    """Trace some iterations with torch's profiler into DIR/profile, for TensorBoard or chrome://tracing."""
+    profile_step_start: int = 10
+    """First iteration of the trace."""
+    profile_step_end: int = 12
+    """Iteration before which the trace ends."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that are traced."""
+    record_memory_history: bool = False
+    """With the trace, also write the history of GPU memory (for pytorch.org/memory_viz)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ def test_damaged_images_train_to_the_end(name, runs):
     assert len({entry["sample"] for entry in listed}) == len(listed)
     reasons = " ".join(entry["reason"] for entry in listed)
     assert all(f"{index:03d}_0.png" in reasons for index in BROKEN)
-    assert all(row["data_wait_ms"] >= 0 for row in rows)
+    assert all(row["time_data_ms"] >= 0 for row in rows)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("plain", "torch")])
