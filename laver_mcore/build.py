@@ -1,6 +1,6 @@
 """The only place where objects are wired: configuration -> data, model, optimizer, teacher."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from megatron.core.distributed import (
 )
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from laver_kernels.backend import decide
 from laver_mcore import checkpoint
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.schema import Config
@@ -95,6 +96,12 @@ def resolve_vocab_size(config: Config, tokenizer: Tokenizer) -> int:
     return wanted
 
 
+def with_kernels(config: Config, device: torch.device) -> Config:
+    """The recipe with kernels `auto` decided for this device: once here, not by every operation on every rank."""
+    kernels = decide(config.train.kernels, device).impl
+    return replace(config, train=replace(config.train, kernels=kernels))
+
+
 def build_chunks(config: Config, topology: Topology, vocab_size: int) -> list[LaverModel]:
     """This rank's pipeline chunks with unset weights."""
     mcore = transformer_config(config)
@@ -149,6 +156,7 @@ def _wrap(config: Config, chunks: list[LaverModel]) -> list[DistributedDataParal
 
 def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[Engine, BuildReport]:
     """Model, optimizer and teacher of this rank; weights random, of `pretrained_checkpoint`, or of `hf_path`."""
+    config = with_kernels(config, topology.device)
     chunks = build_chunks(config, topology, vocab_size)
     initialize(chunks, config.model, vocab_size, config.train.seed, topology)
     fresh = []
@@ -175,6 +183,7 @@ def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[E
 
 def build_network(config: Config, topology: Topology, vocab_size: int, directory: str | Path) -> Network:
     """The model alone, with the weights of the newest checkpoint under `directory`."""
+    config = with_kernels(config, topology.device)
     chunks = build_chunks(config, topology, vocab_size)
     initialize(chunks, config.model, vocab_size, config.train.seed, topology)
     checkpoint.load_weights(chunks, config, vocab_size, directory)

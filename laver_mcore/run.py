@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from laver_kernels.backend import choose
+from laver_kernels.backend import decide
 from laver_mcore import checkpoint, parallel
 from laver_mcore.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
 from laver_mcore.checkpoint import Progress
@@ -70,11 +70,10 @@ def check_machine(config: Config, device: torch.device) -> None:
     """Refuse what is not installed here, or cannot run on `device`, before it is needed halfway."""
     if config.run.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb_project needs Weights & Biases; `pip install wandb`, or leave it out")
-    if config.train.kernels == "triton":
-        try:
-            choose("triton", torch.empty(0, device=device), "kernels")
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    try:
+        decide(config.train.kernels, device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _resume(engine: Engine, config: Config, fingerprint: str) -> Progress:
@@ -117,7 +116,7 @@ def train_run(config: Config, device: torch.device) -> Engine:
     engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer))
     progress = _resume(engine, config, data.fingerprint())
     dist.barrier()  # nobody writes before everybody has looked
-    _announce(engine, len(data.samples), report)
+    _announce(engine, str(decide(config.train.kernels, device)), len(data.samples), report)
     if config.run.save and topology.rank == 0:
         Path(config.run.save).mkdir(parents=True, exist_ok=True)
         (Path(config.run.save) / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -130,13 +129,13 @@ def train_run(config: Config, device: torch.device) -> Engine:
     return engine
 
 
-def _announce(engine: Engine, num_samples: int, report: Any) -> None:
+def _announce(engine: Engine, kernels: str, num_samples: int, report: Any) -> None:
     topology, config = engine.topology, engine.config
     lines = [
         f"{config.model.model}: {num_samples:,} dialogues, {config.train.train_iters:,} iterations of "
         f"{config.train.global_batch_size} rows x {config.data.seq_length} tokens",
         f"TP {topology.tp_size} x PP {topology.pp_size} x DP {topology.dp_size} on {topology.device.type}, "
-        f"kernels {_kernels(config, topology.device.type)}, LaVer {'on' if config.laver.laver else 'off'}",
+        f"kernels: {kernels}, LaVer {'on' if config.laver.laver else 'off'}",
         format_trainable(report.trainable),
     ]
     if report.fresh:
@@ -144,9 +143,3 @@ def _announce(engine: Engine, num_samples: int, report: Any) -> None:
             f"not in {config.run.pretrained_checkpoint}, freshly initialised: {', '.join(report.fresh)}"
         )
     _say("\n".join(lines), topology.is_last_rank)
-
-
-def _kernels(config: Config, device_type: str) -> str:
-    if config.train.kernels != "auto":
-        return config.train.kernels
-    return "triton" if device_type == "cuda" else "reference (no GPU)"

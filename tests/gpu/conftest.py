@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 # This folder is collected first. Triton reads the variable once, on import, and other tests may
@@ -14,3 +15,11 @@ if not torch.cuda.is_available():
 
 if importlib.util.find_spec("laver_kernels") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
+
+
+@pytest.fixture
+def poison():
+    """Fills fresh memory with NaN, so that an element that no kernel writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -37,7 +37,7 @@ MIX = (
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", MASKS)
-def test_masks(name, dtype):
+def test_masks(name, dtype, poison):
     documents, padding = MASKS[name]
     problem = attention_problem(
         name, documents, padding=padding, heads=(4, 2), head_dim=64, dtype=dtype, device="cuda"
@@ -47,7 +47,7 @@ def test_masks(name, dtype):
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("heads", [(28, 4), (14, 2), (7, 1), (12, 2), (4, 4)], ids=str)
-def test_model_shapes(heads, head_dim):
+def test_model_shapes(heads, head_dim, poison):
     problem = attention_problem(
         "mix", MIX, padding=41, heads=heads, head_dim=head_dim, dtype=BF16, device="cuda"
     )
@@ -55,7 +55,7 @@ def test_model_shapes(heads, head_dim):
 
 
 @pytest.mark.parametrize("splits", [1, 7])
-def test_both_ways_through_a_group(splits, monkeypatch):
+def test_both_ways_through_a_group(splits, monkeypatch, poison):
     from laver_kernels.mixed_attention import triton
 
     monkeypatch.setattr(triton, "head_splits", lambda programs, group, device: splits)
@@ -68,18 +68,43 @@ def test_full_precision_in_fp32():
 
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("lengths", [(729, 729), (1024,), (576, 1, 0, 130, 257)], ids=str)
-def test_gram(lengths, clip):
+def test_gram(lengths, clip, poison):
     check(gram_problem("latents", lengths, width=3584, clip=clip, dtype=BF16, device="cuda"), "triton")
 
 
+@pytest.mark.parametrize("workspace", [1, 4 * 2**20])
+def test_gram_in_waves_and_slabs(workspace, monkeypatch, poison):
+    """W made again in the backward: 4 MiB hold an image of 729 tokens, 1 byte holds a row of tiles at most."""
+    from laver_kernels.gram import waves
+
+    monkeypatch.setattr(waves, "WORKSPACE_BYTES", workspace)
+    lengths = (729, 1024, 130, 257)
+    check(gram_problem("waves", lengths, width=3584, dtype=BF16, device="cuda"), "triton")
+
+
+def test_gram_memory_is_bounded_by_its_workspace(monkeypatch):
+    """One matrix over 8192 tokens would be 128 MiB in bf16."""
+    from laver_kernels import gram_loss
+    from laver_kernels.gram import waves
+
+    monkeypatch.setattr(waves, "WORKSPACE_BYTES", 8 * 2**20)
+    student = torch.randn(8192, 256, dtype=BF16, device="cuda", requires_grad=True)
+    teacher = torch.randn(8192, 256, dtype=BF16, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gram_loss(student, teacher, (8192,), impl="triton").backward()
+    assert torch.cuda.max_memory_allocated() - before < 8 * 2**20 + 4 * student.nbytes + 8192 * 64 * 4 * 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_gram_other_dtypes(dtype):
+def test_gram_other_dtypes(dtype, poison):
     check(gram_problem("latents", (200, 77), width=1000, dtype=dtype, device="cuda"), "triton")
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("width", [896, 1536, 3584, 8192])
-def test_latent(width, scale):
+def test_latent(width, scale, poison):
     problem = latent_problem(
         "latents", 500, tuple(range(0, 500, 3)), width=width, scale=scale, dtype=BF16, device="cuda"
     )
@@ -87,7 +112,7 @@ def test_latent(width, scale):
 
 
 @pytest.mark.parametrize("chunk_rows", [256, 4096])
-def test_head(chunk_rows):
+def test_head(chunk_rows, poison):
     problem = head_problem(
         "vocabulary",
         700,
@@ -124,7 +149,7 @@ def test_ema_beyond_int32():
     ],
     ids=["attention", "gram", "latent", "head"],
 )
-def test_twenty_runs_are_bitwise_equal(problem):
+def test_twenty_runs_are_bitwise_equal(problem, poison):
     problem = problem()
     first = outputs_and_gradients(problem, problem.ours, impl="triton")
     for _ in range(19):

@@ -2,11 +2,19 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from laver_kernels import ema_update_, gram_loss, latent_cross_entropy, linear_cross_entropy, mixed_attention
+from laver_kernels import (
+    backend,
+    ema_update_,
+    gram_loss,
+    latent_cross_entropy,
+    linear_cross_entropy,
+    mixed_attention,
+)
 from laver_kernels.testing_masks import intervals_of, text
 
 INTERVALS = intervals_of(((text(6),),))
@@ -229,8 +237,6 @@ def test_triton_on_cpu_tensors_says_what_it_needs(request, monkeypatch):
 
 
 def test_falling_back_is_said_once(caplog):
-    from laver_kernels import backend
-
     backend._announce.cache_clear()
     with caplog.at_level("WARNING", logger="laver_kernels"):
         for _ in range(3):
@@ -238,3 +244,44 @@ def test_falling_back_is_said_once(caplog):
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
     assert said[0].startswith("gram_loss runs the PyTorch reference: Triton")
+
+
+DEVICES = {
+    "CPU": ("cpu", None, (0, 0), "reference (Triton needs CUDA tensors, got cpu)"),
+    "Ampere": ("cuda", None, (8, 0), "triton"),
+    "Hopper": ("cuda", None, (9, 0), "triton"),
+    "Turing": (
+        "cuda",
+        None,
+        (7, 5),
+        "reference (Triton needs sm_80 or newer (bf16 tensor cores), got sm_75)",
+    ),
+    "AMD": ("cuda", "6.4", (9, 4), "reference (Triton has no configurations for AMD GPUs here)"),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_one_decision_for_a_device_is_what_a_program_announces(name, monkeypatch, caplog):
+    pytest.importorskip("triton")
+    device_type, hip, capability, words = DEVICES[name]
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device(device_type)
+    assert str(backend.decide("auto", device)) == words
+    assert str(backend.decide("reference", device)) == "reference"
+    assert not caplog.records
+    if not words.startswith("triton") and device_type == "cuda":
+        with pytest.raises(ValueError, match=r"kernels: impl='triton' (needs sm_80|has no configurations)"):
+            backend.decide("triton", device)
+
+
+def test_the_decision_for_a_gpu_breaks_no_graph(monkeypatch):
+    pytest.importorskip("triton")
+    properties = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    def shift(tensor):
+        return tensor + 1 if backend.decide("auto", torch.device("cuda", 0)).impl == "triton" else tensor
+
+    torch._dynamo.reset()
+    assert torch.compile(shift, backend="aot_eager", fullgraph=True)(torch.zeros(3)).tolist() == [1.0] * 3

@@ -87,10 +87,12 @@ def forward_op(
     plan = layout.plan()
     student, teacher = inner_contiguous(student_NK), inner_contiguous(teacher_NK)
     num_rows, width = student.shape
-    fp32 = {"dtype": torch.float32, "device": student.device}
     w = torch.empty(want_grad * layout.kept_elements(), dtype=layout.w_dtype, device=student.device)
-    dots = torch.empty(_dots_shape(layout, num_rows, want_grad), **fp32)
-    r_student, r_teacher = torch.empty(num_rows, **fp32), torch.empty(num_rows, **fp32)
+    dots_shape = _dots_shape(layout, num_rows, want_grad)
+    dots = torch.empty(dots_shape, dtype=torch.float32, device=student.device)
+    r_student, r_teacher = (
+        torch.empty(num_rows, dtype=torch.float32, device=student.device) for _ in range(2)
+    )
     latents = _Latents(student=student, teacher=teacher, r_student=r_student, r_teacher=r_teacher)
     losses = []
     with on_device_of(student):

@@ -66,6 +66,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "optimizer",
         "engine",
         "checkpoint",
+        "laver_kernels",
         "convert",
         "schedules",
     ),
