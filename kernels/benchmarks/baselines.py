@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,68 +13,100 @@ from laver_kernels import Intervals
 from laver_kernels.mixed_attention.rope import rotate
 from laver_kernels.testing_masks import Document
 
+Builder = Callable[[], Callable[..., Tensor]]
+"""Makes a baseline when its turn comes: building one may compile, allocate, or fail."""
+
 GEMMS_ALONE = "gemms alone"
-DENSE_MASK_TOKENS = 32768  # beyond it the [T, T] mask of SDPA no longer fits beside the rest
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.compile, without a recompilation for every length."""
+class LeftOut(Exception):
+    """A baseline that is not run here, with the reason."""
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for the shapes at hand."""
     return torch.compile(function, dynamic=False)
+
+
+def where_installed(module: str, builder: Callable[[], Callable[..., Tensor]]) -> Builder:
+    """The baseline of an optional library, named even where the library is not."""
+
+    def build() -> Callable[..., Tensor]:
+        if importlib.util.find_spec(module) is None:
+            raise LeftOut(f"{module} is not installed")
+        return builder()
+
+    return build
 
 
 def attention(
     intervals: Intervals, documents: tuple[Document, ...], rope: tuple[Tensor, Tensor] | None
-) -> tuple[dict[str, Callable[..., Tensor]], dict[str, Callable[[], object]]]:
+) -> tuple[dict[str, Builder], dict[str, Callable[[], object]]]:
     """FlexAttention, SDPA with a dense mask, flash-attn in two merged calls; and what their masks cost."""
-    rotated = compiled(lambda q, k: (rotate(q, *rope), rotate(k, *rope))) if rope is not None else None
-    flex, build_block_mask = _flex(intervals)
-    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"flex": flex}
-    if len(intervals) <= DENSE_MASK_TOKENS:
-        found["sdpa dense mask"] = _sdpa(intervals)
-    if importlib.util.find_spec("flash_attn") is not None:
-        found["fa2 decomposed"] = _flash_decomposed(documents, intervals.device)
-    if rotated is None:
-        return found, {"flex mask": build_block_mask}
-
-    def after_rotation(function):
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = rotated(q, k)
-            return function(q, k, v)
-
-        return call
-
-    return {name: after_rotation(function) for name, function in found.items()}, {
-        "flex mask": build_block_mask
+    found: dict[str, Builder] = {
+        "flex": lambda: _flex(intervals),
+        "sdpa dense mask": lambda: _sdpa(intervals),
+        "fa2 decomposed": where_installed(
+            "flash_attn", lambda: _flash_decomposed(documents, intervals.device)
+        ),
     }
+    if rope is not None:
+        found = {name: _after_rotation(build, rope) for name, build in found.items()}
+    return found, {"flex mask": block_mask_builder(intervals)}
 
 
-def _flex(intervals: Intervals):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def _after_rotation(build: Builder, rope: tuple[Tensor, Tensor]) -> Builder:
+    def build_rotated() -> Callable[..., Tensor]:
+        function = build()
+        rotated = compiled(lambda q, k: (rotate(q, *rope), rotate(k, *rope)))
+        return lambda q, k, v: function(*rotated(q, k), v)
+
+    return build_rotated
+
+
+def block_mask_builder(intervals: Intervals) -> Callable[[], Any]:
+    """FlexAttention's block mask of the intervals, by a compiled call: uncompiled it holds the [T, T] mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
     low, high = intervals.row_lo_T, intervals.row_hi_T
-    num_tokens = len(intervals)
+    num_tokens, device = len(intervals), str(intervals.device)
 
     def sees(batch, head, row, key):
         return (key >= low[row]) & (key < high[row])
 
-    def build():
-        return create_block_mask(sees, None, None, num_tokens, num_tokens, device="cuda", _compile=True)
+    create = compiled(create_block_mask)
+    return lambda: create(sees, None, None, num_tokens, num_tokens, device)
 
-    mask = build()
-    function = torch.compile(flex_attention, dynamic=False)
+
+def _flex(intervals: Intervals) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = block_mask_builder(intervals)()
+    function = compiled(flex_attention)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return function(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
-    return call, build
+    return call
+
+
+def dense_mask_bytes(num_tokens: int) -> int:
+    """The mask as bool, and as the bias in 16 bits that SDPA makes of it, forward and backward."""
+    return 5 * num_tokens**2
 
 
 def _sdpa(intervals: Intervals) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    if intervals.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(intervals.device)
+        wanted = dense_mask_bytes(len(intervals))
+        if wanted > free // 2:
+            raise LeftOut(f"a [T, T] mask and bias take {wanted / 1e9:.0f} GB of {free / 1e9:.0f} GB free")
     place = torch.arange(len(intervals), device=intervals.device)
     mask = (place >= intervals.row_lo_T[:, None]) & (place < intervals.row_hi_T[:, None])
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Repeated by hand: with enable_gqa and a mask SDPA has only its unfused path.
         group = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -118,38 +151,58 @@ def _flash_decomposed(documents: tuple[Document, ...], device: torch.device):
     query_at, key_at, image_bounds = later_image_keys(documents)
     query_at, key_at = query_at.to(device), key_at.to(device)
 
-    def attend(q, k, v, cumulative):
-        cu = torch.tensor(cumulative, dtype=torch.int32, device=device)
-        longest = max(b - a for a, b in itertools.pairwise(cumulative))
-        return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True, return_attn_probs=True)[
-            :2
-        ]
+    def attend(q, k, v, lengths):
+        cumulative, longest = lengths
+        out, lse, *_ = flash_attn_varlen_func(
+            q, k, v, cumulative, cumulative, longest, longest, causal=True, return_attn_probs=True
+        )
+        return out, lse
+
+    whole, parts = (_cumulative(each, device) for each in (bounds, image_bounds))
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = attend(q, k, v, bounds)
+        out, lse = attend(q, k, v, whole)
         if len(query_at) == 0:
             return out
-        later, later_lse = attend(q[query_at], k[key_at], v[key_at], image_bounds)
+        later, later_lse = attend(q[query_at], k[key_at], v[key_at], parts)
         both = merge(out[query_at], lse[:, query_at], later, later_lse)
         return out.index_copy(0, query_at, both.to(out.dtype))
 
     return call
 
 
-def head(targets: Tensor) -> dict[str, Callable[..., Tensor]]:
-    """Eager logits of all rows, Liger's fused loss where installed, and the bare matrix products."""
-    found: dict[str, Callable[..., Tensor]] = {
-        "eager": lambda hidden, weight: F.cross_entropy(
-            (hidden @ weight.T).float(), targets, reduction="sum"
-        ),
-        GEMMS_ALONE: _ThreeProducts.apply,
-    }
-    if importlib.util.find_spec("liger_kernel") is not None:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+def _cumulative(bounds: list[int], device: torch.device) -> tuple[Tensor, int]:
+    """Made once: from host numbers on every call the copy would wait for the GPU."""
+    longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
+    return torch.tensor(bounds, dtype=torch.int32, device=device), longest
 
-        loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        found["liger"] = lambda hidden, weight: loss(weight, hidden, targets)
-    return found
+
+def head(targets: Tensor) -> dict[str, Builder]:
+    """Logits of all rows, eager and compiled, fused losses where installed, and the bare matrix products."""
+
+    def plain(hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+
+    return {
+        "eager": lambda: plain,
+        "compiled": lambda: compiled(plain),
+        GEMMS_ALONE: lambda: _ThreeProducts.apply,
+        "liger": where_installed("liger_kernel", lambda: _liger(targets)),
+        "cut cross-entropy": where_installed("cut_cross_entropy", lambda: _cut_cross_entropy(targets)),
+    }
+
+
+def _liger(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return lambda hidden, weight: loss(weight, hidden, targets)
+
+
+def _cut_cross_entropy(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda hidden, weight: linear_cross_entropy(hidden, weight, targets, reduction="sum")
 
 
 class _ThreeProducts(torch.autograd.Function):

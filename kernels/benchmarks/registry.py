@@ -1,16 +1,12 @@
-"""What is timed: every operation with its shapes, useful work, baselines, and the problem that guards it.
+"""What is timed: every operation with its shapes, useful work, baselines, and the problem that guards it."""
 
-A workload's callables take one set of inputs and return the output; `timing.py` takes gradients. Useful
-work counts what the equation needs (pairs that the mask shows, one triangle of a symmetric Gram matrix),
-whatever an implementation spends.
-"""
-
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import baselines
 import torch
 from torch import Tensor
+from workload import BF16, Benchmark, Inputs, Work, Workload, random_tensor
 
 from laver_kernels import (
     ema_update_,
@@ -39,35 +35,6 @@ from laver_kernels.testing_masks import (
     text,
 )
 
-Inputs = dict[str, Tensor]
-BF16 = torch.bfloat16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """One operation at one shape on the GPU."""
-
-    make_inputs: Callable[[int], Inputs]  # seed -> fresh tensors; those of floating dtype get gradients
-    ours: Callable[..., Tensor]
-    baselines: dict[str, Callable[..., Tensor]]
-    unit: str  # "TF/s" or "GB/s"
-    work: dict[str, float]  # "forward", "backward" or "both" -> FLOPs or bytes
-    extra_times: dict[str, Callable[[], object]] = field(
-        default_factory=dict
-    )  # timed alone: mask construction
-
-
-@dataclass(frozen=True, kw_only=True)
-class Benchmark:
-    """A named case: `guard` is checked first, on any device; `build` makes the workload, on a GPU only."""
-
-    operation: str
-    case: str
-    guard: Callable[[str], Problem]  # device -> small problem
-    build: Callable[[], Workload]
-    dtype: str = "bf16"
-
-
 MIXES: dict[str, Callable[[int], tuple[Document, ...]]] = {
     "one image": one_image_documents,
     "five images": many_image_documents,
@@ -83,67 +50,76 @@ SMALL_MIXES: dict[str, tuple[Document, ...]] = {
     "full": ((image(45),),),
 }
 HEADS = {1: (28, 4), 2: (14, 2), 4: (7, 1)}  # tensor-parallel size -> query and key heads of Qwen2.5-7B
+TOKENS = (4096, 8192, 16384, 32768)
+QUICK_ATTENTION = {
+    ("one image", 1, 8192),
+    ("one image", 4, 32768),
+    ("five images", 1, 8192),
+    ("five images", 4, 32768),
+    ("causal", 1, 8192),
+    ("reconstruction", 1, 8192),
+    ("full", 1, 8192),
+}
 
 
 def attention_workload(
-    documents: tuple[Document, ...], heads: tuple[int, int], head_dim: int, rotate: bool
+    documents: tuple[Document, ...], heads: tuple[int, int], head_dim: int, rotate: bool, device: str = "cuda"
 ) -> Workload:
-    intervals = intervals_of(documents).to("cuda")
+    intervals = intervals_of(documents).to(device)
     num_tokens = len(intervals)
     pairs = int((intervals.row_hi_T - intervals.row_lo_T).clamp(min=0).sum())
-    rope = rope_table(positions_of(documents), head_dim, device="cuda") if rotate else None
+    rope = rope_table(positions_of(documents), head_dim, device=device) if rotate else None
     counts = {"q": heads[0], "k": heads[1], "v": heads[1]}
 
     def make_inputs(seed: int) -> Inputs:
-        torch.manual_seed(seed)
         return {
-            name: torch.randn(num_tokens, count, head_dim, dtype=BF16, device="cuda")
-            for name, count in counts.items()
+            name: random_tensor((num_tokens, count, head_dim), 10 * seed + place, device)
+            for place, (name, count) in enumerate(counts.items())
         }
 
     others, extra = baselines.attention(intervals, documents, rope)
+    product = 2.0 * heads[0] * head_dim * pairs
+    tensor = 2.0 * num_tokens * head_dim  # one head of q, k, v, out or a gradient of theirs
     return Workload(
         make_inputs=make_inputs,
         ours=lambda q, k, v: mixed_attention(q, k, v, intervals, rope, impl="triton"),
         baselines=others,
         unit="TF/s",
         work={
-            "forward": 4.0 * heads[0] * head_dim * pairs,
-            "backward": 10.0 * heads[0] * head_dim * pairs,
+            "forward": Work(flops=2 * product, bytes=tensor * 2 * (heads[0] + heads[1])),
+            "backward": Work(flops=5 * product, bytes=tensor * 4 * (heads[0] + heads[1])),
         },
         extra_times=extra,
     )
 
 
-ATTENTION_SHAPES = [(1, 4096), (1, 8192), (1, 16384), (1, 32768), (2, 8192), (4, 8192), (4, 32768)]  # TP, T
-
-
 def attention_benchmarks() -> Iterator[Benchmark]:
     for mix, documents_of in MIXES.items():
-        for tensor_parallel, num_tokens in ATTENTION_SHAPES:
+        for (tensor_parallel, heads), num_tokens in itertools.product(HEADS.items(), TOKENS):
             if mix == "full" and num_tokens > 8192:
                 continue  # no recipe has an image of that size
-            heads = HEADS[tensor_parallel]
             yield Benchmark(
                 operation="mixed_attention",
                 case=f"{mix}, T={num_tokens}, TP={tensor_parallel}",
                 guard=lambda device, mix=mix: _small_attention(mix, device),
-                build=lambda of=documents_of, t=num_tokens, heads=heads: attention_workload(
-                    of(t), heads, 128, rotate=False
+                build=lambda device, of=documents_of, t=num_tokens, heads=heads: attention_workload(
+                    of(t), heads, 128, rotate=False, device=device
                 ),
+                is_quick=(mix, tensor_parallel, num_tokens) in QUICK_ATTENTION,
             )
     five_images = many_image_documents(8192)
     yield Benchmark(
         operation="mixed_attention",
         case="five images with 2D-RoPE, T=8192, TP=1",
         guard=lambda device: _small_attention("five images", device, rotate=True),
-        build=lambda: attention_workload(five_images, HEADS[1], 128, rotate=True),
+        build=lambda device: attention_workload(five_images, HEADS[1], 128, rotate=True, device=device),
+        is_quick=True,
     )
     yield Benchmark(
         operation="mixed_attention",
         case="five images, T=8192, 0.5B (14/2/64)",
         guard=lambda device: _small_attention("five images", device, head_dim=64),
-        build=lambda: attention_workload(five_images, (14, 2), 64, rotate=False),
+        build=lambda device: attention_workload(five_images, (14, 2), 64, rotate=False, device=device),
     )
 
 
@@ -161,25 +137,25 @@ def _small_attention(mix: str, device: str, rotate: bool = False, head_dim: int 
     )
 
 
-def gram_workload(lengths: tuple[int, ...], width: int) -> Workload:
+def gram_workload(lengths: tuple[int, ...], width: int, device: str = "cuda") -> Workload:
     num_rows = sum(lengths)
-    torch.manual_seed(0)
-    teacher = torch.randn(num_rows, width, dtype=BF16, device="cuda")
+    teacher = random_tensor((num_rows, width), 0, device)
 
-    def make_inputs(seed: int) -> Inputs:
-        torch.manual_seed(seed)
-        return {"student": torch.randn(num_rows, width, dtype=BF16, device="cuda") + 0.1}
+    def plain(student: Tensor) -> Tensor:
+        return plain_gram(student, teacher, lengths, True)
 
-    work = float(sum(2 * n * n * width for n in lengths))
+    # Forward: one triangle each of student and teacher. Backward: W z. Latents are read, the gradient written.
+    flops = float(sum(2 * n * n * width for n in lengths))
+    latents = 2.0 * num_rows * width
     return Workload(
-        make_inputs=make_inputs,
+        make_inputs=lambda seed: {"student": random_tensor((num_rows, width), seed + 1, device) + 0.1},
         ours=lambda student: gram_loss(student, teacher, lengths, impl="triton"),
-        baselines={
-            "eager bf16": lambda student: plain_gram(student, teacher, lengths, True),
-            "compiled": baselines.compiled(lambda student: plain_gram(student, teacher, lengths, True)),
-        },
+        baselines={"eager bf16": lambda: plain, "compiled": lambda: baselines.compiled(plain)},
         unit="TF/s",
-        work={"forward": work, "backward": work},
+        work={
+            "forward": Work(flops=flops, bytes=2 * latents),
+            "backward": Work(flops=flops, bytes=2 * latents),
+        },
     )
 
 
@@ -191,32 +167,28 @@ def gram_benchmarks() -> Iterator[Benchmark]:
             operation="gram_loss",
             case=f"{name}, K=3584",
             guard=lambda device: gram_problem("guard", (33, 7), device=device, dtype=_guard_dtype(device)),
-            build=lambda lengths=lengths: gram_workload(lengths, 3584),
+            build=lambda device, lengths=lengths: gram_workload(lengths, 3584, device),
+            is_quick=name in ("64 x 729", "64 x 1024"),
         )
 
 
-def latent_workload(num_rows: int, num_masked: int, width: int) -> Workload:
-    torch.manual_seed(0)
-    teacher = torch.randn(num_rows, width, dtype=BF16, device="cuda")
-    rows = torch.randperm(num_rows, device="cuda")[:num_masked].sort().values
-
-    def make_inputs(seed: int) -> Inputs:
-        torch.manual_seed(seed)
-        return {"student": torch.randn(num_rows, width, dtype=BF16, device="cuda")}
+def latent_workload(num_rows: int, num_masked: int, width: int, device: str = "cuda") -> Workload:
+    teacher = random_tensor((num_rows, width), 0, device)
+    rows = torch.randperm(num_rows, device=device)[:num_masked].sort().values
 
     def plain(student: Tensor) -> Tensor:
         target = torch.softmax(teacher[rows].float() / 0.04, -1)
         return -(target * torch.log_softmax(student[rows].float() / 0.1, -1)).sum()
 
     return Workload(
-        make_inputs=make_inputs,
+        make_inputs=lambda seed: {"student": random_tensor((num_rows, width), seed + 1, device)},
         ours=lambda student: latent_cross_entropy(student, teacher, rows, impl="triton"),
-        baselines={"eager": plain, "compiled": baselines.compiled(plain)},
+        baselines={"eager": lambda: plain, "compiled": lambda: baselines.compiled(plain)},
         unit="GB/s",
         # Read student and teacher and write the rows' gradient; then scale it into a tensor of zeros.
         work={
-            "forward": 6.0 * num_masked * width,
-            "backward": 4.0 * num_masked * width + 2.0 * num_rows * width,
+            "forward": Work(bytes=6.0 * num_masked * width),
+            "backward": Work(bytes=4.0 * num_masked * width + 2.0 * num_rows * width),
         },
     )
 
@@ -229,14 +201,14 @@ def latent_benchmarks() -> Iterator[Benchmark]:
             guard=lambda device: latent_problem(
                 "guard", 9, (1, 4), device=device, dtype=_guard_dtype(device)
             ),
-            build=lambda n=num_rows, m=num_masked: latent_workload(n, m, 3584),
+            build=lambda device, n=num_rows, m=num_masked: latent_workload(n, m, 3584, device),
+            is_quick=True,
         )
 
 
-def ema_workload(num_elements: int) -> Workload:
-    torch.manual_seed(0)
-    source = torch.randn(num_elements, device="cuda").to(BF16)
-    copy = torch.empty(num_elements, dtype=BF16, device="cuda")
+def ema_workload(num_elements: int, device: str = "cuda") -> Workload:
+    source = random_tensor((num_elements,), 0, device)
+    copy = torch.empty(num_elements, dtype=BF16, device=device)
 
     def ours(average: Tensor) -> Tensor:
         ema_update_(average, source, 0.996, copy, impl="triton")
@@ -248,12 +220,20 @@ def ema_workload(num_elements: int) -> Workload:
         torch._foreach_copy_([copy], [average])
         return copy
 
+    def plain(average: Tensor) -> Tensor:
+        average.add_(0.004 * (source - average))
+        return copy.copy_(average)
+
     return Workload(
-        make_inputs=lambda seed: {"average": torch.randn(num_elements, device="cuda")},
+        make_inputs=lambda seed: {"average": random_tensor((num_elements,), seed + 1, device).float()},
         ours=ours,
-        baselines={"foreach": foreach},
+        baselines={
+            "foreach": lambda: foreach,
+            "eager": lambda: plain,
+            "compiled": lambda: baselines.compiled(plain),
+        },
         unit="GB/s",
-        work={"forward": 12.0 * num_elements},  # 4 + 2 bytes read, 4 + 2 written
+        work={"forward": Work(bytes=12.0 * num_elements)},  # 4 + 2 bytes read, 4 + 2 written
     )
 
 
@@ -263,26 +243,28 @@ def ema_benchmarks() -> Iterator[Benchmark]:
             operation="ema_update_",
             case=f"{num_elements / 1e6:.0f}M elements, bf16 -> fp32 + bf16",
             guard=lambda device: ema_problem("guard", 5001, source_dtype=torch.float32, device=device),
-            build=lambda n=num_elements: ema_workload(n),
+            build=lambda device, n=num_elements: ema_workload(n, device),
+            is_quick=True,
         )
 
 
-def head_workload(num_rows: int, num_columns: int, width: int) -> Workload:
-    torch.manual_seed(0)
-    targets = torch.randint(0, num_columns, (num_rows,), device="cuda")
+def head_workload(num_rows: int, num_columns: int, width: int, device: str = "cuda") -> Workload:
+    targets = torch.randint(0, num_columns, (num_rows,), device=device)
 
     def make_inputs(seed: int) -> Inputs:
-        torch.manual_seed(seed)
-        weight = torch.randn(num_columns, width, dtype=BF16, device="cuda") * width**-0.5
-        return {"hidden": torch.randn(num_rows, width, dtype=BF16, device="cuda"), "weight": weight}
+        weight = random_tensor((num_columns, width), seed + 1, device) * width**-0.5
+        return {"hidden": random_tensor((num_rows, width), seed, device), "weight": weight}
 
     gemm = 2.0 * num_rows * num_columns * width
+    weights = 2.0 * num_columns * width
     return Workload(
         make_inputs=make_inputs,
         ours=lambda hidden, weight: linear_cross_entropy(hidden, weight, targets, impl="triton"),
         baselines=baselines.head(targets),
         unit="TF/s",
-        work={"both": 3 * gemm},  # ours makes the gradients in the forward: only the sum compares
+        # Ours makes the gradients in the forward: only the sum compares. The weight is read twice, and its
+        # gradient written once.
+        work={"both": Work(flops=3 * gemm, bytes=3 * weights)},
     )
 
 
@@ -294,7 +276,8 @@ def head_benchmarks() -> Iterator[Benchmark]:
             guard=lambda device: head_problem(
                 "guard", 9, 50, chunk_rows=4, device=device, dtype=_guard_dtype(device)
             ),
-            build=lambda n=num_rows, tp=tensor_parallel: head_workload(n, 152064 // tp, 3584),
+            build=lambda device, n=num_rows, tp=tensor_parallel: head_workload(n, 152064 // tp, 3584, device),
+            is_quick=num_rows == 2376,
         )
 
 

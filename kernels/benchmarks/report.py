@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -48,11 +48,17 @@ class Row:
     direction: str
     dtype: str
     milliseconds: float
-    baselines: dict[str, float]  # name -> milliseconds
     rate: float
     unit: str
-    share_of_floor: float | None
-    peak_bytes: int
+    floor_ms: float | None  # by arithmetic or by bytes, whichever is longer; None on a GPU not in PEAKS
+    peak_bytes: int  # over the inputs
+    baselines: dict[str, float]  # name -> milliseconds
+    baseline_peak_bytes: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)  # baseline -> why it has no time
+
+    @property
+    def share_of_floor(self) -> float | None:
+        return None if self.floor_ms is None else self.floor_ms / self.milliseconds
 
 
 def _commit() -> str:
@@ -67,12 +73,15 @@ def table(rows: list[Row], header: bool = True) -> str:
     """One line per row; every baseline with its time and how many times longer it takes."""
     lines = []
     if header:
-        numbers = f"{'ms':>9}{'rate':>14}{'of peak':>9}{'peak MB':>9}"
-        lines.append(f"{'operation':<22}{'case':<42}{'direction':<10}{numbers}  baselines")
+        numbers = f"{'ms':>9}{'rate':>14}{'of floor':>9}{'peak MB':>9}"
+        lines.append(
+            f"{'operation':<22}{'case':<42}{'direction':<10}{numbers}  baselines: ms, times ours, peak MB"
+        )
     for row in rows:
         share = "-" if row.share_of_floor is None else f"{100 * row.share_of_floor:.0f} %"
         others = ", ".join(
-            f"{name} {ms:.3f} ({ms / row.milliseconds:.2f}x)" for name, ms in row.baselines.items()
+            [_baseline(row, name) for name in row.baselines]
+            + [f"{name}: {reason}" for name, reason in row.left_out.items()]
         )
         rate = f"{row.rate:.0f} {row.unit}"
         lines.append(
@@ -82,16 +91,42 @@ def table(rows: list[Row], header: bool = True) -> str:
     return "\n".join(lines)
 
 
-def write(rows: list[Row], machine: Machine, folder: Path, is_partial: bool = False) -> list[Path]:
-    """Writes `<gpu>.json`, `.txt` and, with matplotlib, `.png`; a partial run goes to `<gpu>-partial`."""
-    folder.mkdir(exist_ok=True)
-    stem = machine.gpu.replace(" ", "-") + ("-partial" if is_partial else "")
-    where = {k: getattr(machine, k) for k in ("gpu", "torch", "triton", "cuda", "commit")}
-    paths = [folder / f"{stem}.json", folder / f"{stem}.txt"]
+def _baseline(row: Row, name: str) -> str:
+    ms, peak = row.baselines[name], row.baseline_peak_bytes.get(name)
+    memory = "" if peak is None else f", {peak / 1e6:.0f}"
+    return f"{name} {ms:.3f} ({ms / row.milliseconds:.2f}x{memory})"
+
+
+def read(machine: Machine, folder: Path) -> list[Row]:
+    """Rows written before on this GPU by this commit under these versions: a run in several calls adds to them."""
+    path = folder / f"{_stem(machine)}.json"
+    if not path.is_file():
+        return []
+    names = [each.name for each in dataclasses.fields(Row)]
+    return [
+        Row(**{name: row[name] for name in names})
+        for row in json.loads(path.read_text(encoding="utf-8"))
+        if all(row[key] == value for key, value in _where(machine).items())
+    ]
+
+
+def _stem(machine: Machine) -> str:
+    return machine.gpu.replace(" ", "-")
+
+
+def _where(machine: Machine) -> dict[str, str]:
+    return {k: getattr(machine, k) for k in ("gpu", "torch", "triton", "cuda", "commit")}
+
+
+def write(rows: list[Row], machine: Machine, folder: Path) -> list[Path]:
+    """Writes `<gpu>.json`, `.txt` and, with matplotlib, `.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    where = _where(machine)
+    paths = [folder / f"{_stem(machine)}.json", folder / f"{_stem(machine)}.txt"]
     paths[0].write_text(json.dumps([dataclasses.asdict(row) | where for row in rows], indent=1) + "\n")
     title = ", ".join(f"{key} {value}" for key, value in where.items())
     paths[1].write_text(f"{title}\n\n{table(rows)}\n")
-    picture = plot(rows, title, folder / f"{stem}.png")
+    picture = plot(rows, title, folder / f"{_stem(machine)}.png")
     return [*paths, picture] if picture else paths
 
 

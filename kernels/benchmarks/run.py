@@ -1,11 +1,14 @@
 """Benchmarks of the kernels: correctness first, then times against baselines in the same process.
 
-    python kernels/benchmarks/run.py                           # everything; on a GPU writes results/
-    python kernels/benchmarks/run.py --only gram --repeats 50  # operations or cases with a word in their name
-    python kernels/benchmarks/run.py --check                   # the correctness half alone
+    python kernels/benchmarks/run.py --quick                      # the shapes of the targets, one call
+    python kernels/benchmarks/run.py --operations gram_loss ema_update_
+    python kernels/benchmarks/run.py --only "TP=4" --minutes 9    # cases with a word in their name, stops in time
+    python kernels/benchmarks/run.py --resume --minutes 9         # everything that has no row yet, call after call
+    python kernels/benchmarks/run.py --check                      # the correctness half alone
 
 Nothing is timed while a check is red. On a CPU only the checks run (through Triton's interpreter): no time
-measured there says anything about the kernels.
+measured there says anything about the kernels. Results are written after every case, and a call adds to the
+rows that the same commit has on the same GPU.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
@@ -23,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import report
 import timing
-from registry import Benchmark, all_benchmarks
+from registry import all_benchmarks
+from workload import Benchmark
 
 from laver_kernels.testing import measure
 
@@ -59,18 +64,56 @@ def check_all(benchmarks: list[Benchmark], device: str) -> int:
     return failures
 
 
-def main() -> int:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    cases = all_benchmarks()
+    operations = sorted({benchmark.operation for benchmark in cases})
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--operations", nargs="+", choices=operations, default=operations, metavar="NAME")
     parser.add_argument("--only", default="", help="only operations or cases whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="only the shapes that the targets are about")
     parser.add_argument("--repeats", type=int, default=30, help="timed repetitions of each measurement")
     parser.add_argument("--check", action="store_true", help="check correctness and stop")
-    arguments = parser.parse_args()
-    chosen = [b for b in all_benchmarks() if arguments.only in f"{b.operation} {b.case}"]
-    if not chosen:
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after this long")
+    parser.add_argument("--resume", action="store_true", help="skip cases that have their rows already")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    arguments = parser.parse_args(argv)
+    arguments.chosen = [
+        case
+        for case in cases
+        if case.operation in arguments.operations
+        and arguments.only in f"{case.operation} {case.case}"
+        and (case.is_quick or not arguments.quick)
+    ]
+    if not arguments.chosen:
         parser.error(f"no benchmark is called {arguments.only!r}")
+    return arguments
 
+
+def time_all(
+    benchmarks: list[Benchmark], machine: report.Machine, clock: timing.Clock, arguments: argparse.Namespace
+) -> list[Path]:
+    """Times one case after another, prints and writes its rows, and stops when the minutes are over."""
+    begin = time.monotonic()
+    rows = {(row.operation, row.case, row.direction): row for row in report.read(machine, arguments.output)}
+    if arguments.resume:
+        done = {key[:2] for key in rows}
+        benchmarks = [b for b in benchmarks if (b.operation, b.case) not in done]
+    written: list[Path] = []
+    for number, benchmark in enumerate(benchmarks):
+        if time.monotonic() - begin > 60 * arguments.minutes:
+            print(f"{len(benchmarks) - number} cases left: call again with --resume")
+            break
+        new = timing.time_benchmark(benchmark, machine, arguments.repeats, clock)
+        print(report.table(new, header=number == 0), flush=True)
+        rows |= {(row.operation, row.case, row.direction): row for row in new}
+        written = report.write(list(rows.values()), machine, arguments.output)
+    return written
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    failures = check_all(chosen, device)
+    failures = check_all(arguments.chosen, device)
     if failures:
         print(f"{failures} checks failed: nothing is timed")
         return 1
@@ -79,15 +122,9 @@ def main() -> int:
         return 0
     if arguments.check:
         return 0
-
-    machine = report.Machine.here()
-    rows = []
-    for benchmark in chosen:
-        new = timing.time_benchmark(benchmark, machine, arguments.repeats)
-        print(report.table(new, header=not rows), flush=True)
-        rows += new
-        torch.cuda.empty_cache()
-    written = report.write(rows, machine, RESULTS, is_partial=bool(arguments.only))
+    # Graphs are kept for several backwards; a compiled one would otherwise give its buffers away in the first.
+    torch._functorch.config.donated_buffer = False
+    written = time_all(arguments.chosen, report.Machine.here(), timing.CudaClock(), arguments)
     print("\n".join(f"wrote {path}" for path in written))
     return 0
 

@@ -1,54 +1,143 @@
-"""Times on a CUDA GPU: medians over rotated inputs larger than L2, forward and backward apart."""
+"""Times of one benchmark: medians over rotated inputs larger than L2, forward and backward apart."""
 
 import statistics
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
-from baselines import GEMMS_ALONE
-from registry import Benchmark, Workload
+from baselines import GEMMS_ALONE, LeftOut
 from report import Machine, Row
 from torch import Tensor
+from workload import Benchmark, Workload
 
-WARM_UP = 5
 COPIES_LIMIT = 8
+WARM_UP = 3
+FEWEST_REPEATS = 5
+MOST_MS = 1500.0  # of one measurement: a baseline that takes 300 ms a call is repeated five times, not thirty
+SHORT_MS = 1.0
+SLEEP_CYCLES = 50_000_000  # about 30 ms
 
 
-def time_benchmark(benchmark: Benchmark, machine: Machine, repeats: int) -> list[Row]:
-    """One row per direction. A baseline that cannot run, or disagrees with ours, is named and left out."""
-    workload = benchmark.build()
+class Clock(Protocol):
+    """What measures: CUDA events here, a pretence of them in tests."""
+
+    device: str
+
+    def milliseconds(self, call: Callable[[Any], object], arguments: list, repeats: int) -> list[float]:
+        """Times of `call` over its arguments in turn."""
+        ...
+
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        """Memory that a call takes at most over what is allocated before it."""
+        ...
+
+    def forget(self) -> None:
+        """Gives unused memory and compiled code back before the next benchmark."""
+        ...
+
+
+class CudaClock:
+    """CUDA events around every call; short calls are queued behind a sleeping kernel.
+
+    Queued, the time of a call of 20 microseconds is the GPU's, and not that of the Python in front of it.
+    """
+
+    device = "cuda"
+
+    def milliseconds(self, call: Callable[[Any], object], arguments: list, repeats: int) -> list[float]:
+        for i in range(WARM_UP):
+            call(arguments[i % len(arguments)])
+        once = min(self._record(call, arguments, 2))
+        repeats = max(FEWEST_REPEATS, min(repeats, int(MOST_MS / max(once, 1e-3))))
+        if once < SHORT_MS:
+            torch.cuda._sleep(SLEEP_CYCLES)
+        return self._record(call, arguments, repeats)
+
+    def _record(self, call: Callable[[Any], object], arguments: list, repeats: int) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for i, (start, end) in enumerate(events):
+            start.record()
+            call(arguments[i % len(arguments)])
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def forget(self) -> None:
+        # One function serves every shape: after eight of them torch.compile would go on uncompiled.
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+def time_benchmark(benchmark: Benchmark, machine: Machine, repeats: int, clock: Clock) -> list[Row]:
+    """One row per direction. A baseline that cannot run, or disagrees with ours, is named with the reason."""
+    clock.forget()
+    workload = benchmark.build(clock.device)
     copies = _copies(workload, machine.l2_bytes)
-    contenders = {"ours": workload.ours} | _agreeing(workload, copies[0], benchmark)
+    contenders, left_out = _agreeing(workload, copies[0])
     rows = []
-    for direction, work in workload.work.items():
-        measured = {}
-        for name, function in contenders.items():
+    for direction in workload.work:
+        missing = dict(left_out)
+        measured: dict[str, tuple[float, int]] = {}
+        for name, function in ({"ours": workload.ours} | contenders).items():
             try:
-                measured[name] = _median_ms(function, copies, direction, repeats)
-            except (RuntimeError, NotImplementedError) as error:
+                measured[name] = _measure(function, copies, direction, repeats, clock)
+            except Exception as error:
                 if name == "ours":
                     raise
-                print(f"  {name} cannot run {direction}: {str(error).splitlines()[0]}")
+                missing[name] = _reason(error)
+        extra = {}
         if direction == "forward":
             for name, function in workload.extra_times.items():
-                measured[name] = median_of(lambda _, function=function: function(), copies, repeats)
-        ours_ms = measured.pop("ours")
-        rate = work / (ours_ms * 1e-3) / (1e12 if workload.unit == "TF/s" else 1e9)
-        peak = machine.teraflops if workload.unit == "TF/s" else machine.gigabytes
-        rows.append(
-            Row(
-                operation=benchmark.operation,
-                case=benchmark.case,
-                direction=direction,
-                dtype=benchmark.dtype,
-                milliseconds=ours_ms,
-                baselines=measured,
-                rate=rate,
-                unit=workload.unit,
-                share_of_floor=None if peak is None else rate / peak,
-                peak_bytes=_peak_bytes(workload.ours, copies[0], direction),
-            )
-        )
+                extra[name] = _time_alone(function, repeats, clock, missing, name)
+        rows.append(_row(benchmark, workload, direction, measured, extra, missing, machine))
     return rows
+
+
+def _time_alone(
+    function: Callable[[], object], repeats: int, clock: Clock, missing: dict[str, str], name: str
+) -> float | None:
+    try:
+        return statistics.median(clock.milliseconds(lambda _: function(), [None], repeats))
+    except Exception as error:
+        missing[name] = _reason(error)
+        return None
+
+
+def _row(
+    benchmark: Benchmark,
+    workload: Workload,
+    direction: str,
+    measured: dict[str, tuple[float, int]],
+    extra: dict[str, float | None],
+    missing: dict[str, str],
+    machine: Machine,
+) -> Row:
+    work = workload.work[direction]
+    ours_ms, ours_peak = measured.pop("ours")
+    is_known = machine.teraflops is not None and machine.gigabytes is not None
+    return Row(
+        operation=benchmark.operation,
+        case=benchmark.case,
+        direction=direction,
+        dtype=benchmark.dtype,
+        milliseconds=ours_ms,
+        rate=work.flops / (ours_ms * 1e9) if workload.unit == "TF/s" else work.bytes / (ours_ms * 1e6),
+        unit=workload.unit,
+        floor_ms=work.floor_ms(machine.teraflops, machine.gigabytes) if is_known else None,
+        peak_bytes=ours_peak,
+        baselines={name: ms for name, (ms, _) in measured.items()}
+        | {name: ms for name, ms in extra.items() if ms is not None},
+        baseline_peak_bytes={name: peak for name, (_, peak) in measured.items()},
+        left_out=missing,
+    )
 
 
 def _copies(workload: Workload, l2_bytes: int) -> list[dict[str, Tensor]]:
@@ -65,31 +154,51 @@ def _copies(workload: Workload, l2_bytes: int) -> list[dict[str, Tensor]]:
 
 
 def _agreeing(
-    workload: Workload, inputs: dict[str, Tensor], benchmark: Benchmark
-) -> dict[str, Callable[..., Tensor]]:
-    """Baselines that run and give our output up to bf16: a time of something else is no comparison."""
-    agreeing = {}
-    want = workload.ours(**{name: x.clone() for name, x in inputs.items()}).detach().float()
-    for name, function in workload.baselines.items():
+    workload: Workload, inputs: dict[str, Tensor]
+) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
+    """Baselines that run and give our output up to bf16, and why the others do not count."""
+    agreeing, left_out = {}, {}
+    want = _output(workload.ours, inputs)
+    for name, build in workload.baselines.items():
         try:
-            got = function(**{key: x.clone() for key, x in inputs.items()}).detach().float()
+            function = build()
+            distance = (_output(function, inputs) - want).norm()
         except Exception as error:
-            print(
-                f"  {benchmark.case}: {name} left out: {type(error).__name__}: {str(error).splitlines()[0]}"
-            )
+            left_out[name] = _reason(error)
             continue
-        if name == GEMMS_ALONE or (got - want).norm() <= 0.05 * want.norm() + 1e-6:
+        if name == GEMMS_ALONE or distance <= 0.05 * want.norm() + 1e-6:
             agreeing[name] = function
         else:
-            print(f"  {benchmark.case}: {name} left out: it disagrees with ours")
-    return agreeing
+            left_out[name] = "disagrees with ours"
+    return agreeing, left_out
 
 
-def _median_ms(function: Callable[..., Tensor], copies, direction: str, repeats: int) -> float:
+def _output(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Tensor:
+    # Fresh copies: an update in place must not see the last one's result. A leaf would refuse it.
+    return function(**{name: x.detach().clone() for name, x in inputs.items()}).float()
+
+
+def _reason(error: Exception) -> str:
+    """One line for the table; a reason of ours as it is."""
+    if isinstance(error, LeftOut):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
+
+
+def _measure(
+    function: Callable[..., Tensor], copies: list, direction: str, repeats: int, clock: Clock
+) -> tuple[float, int]:
+    """Median milliseconds and peak bytes; the backward's peak includes its forward."""
     if direction == "forward":
-        return median_of(lambda copy: function(**copy), copies, repeats)
+        times = clock.milliseconds(lambda copy: function(**copy), copies, repeats)
+        return statistics.median(times), clock.peak_bytes(lambda: function(**copies[0]))
+    peak = clock.peak_bytes(lambda: with_gradients(function, copies[0]))
     if direction == "both":
-        return median_of(lambda copy: with_gradients(function, copy), copies, repeats)
+        times = clock.milliseconds(lambda copy: with_gradients(function, copy), copies, repeats)
+        return statistics.median(times), peak
     graphs = []
     for copy in copies:
         output = function(**copy)
@@ -99,38 +208,10 @@ def _median_ms(function: Callable[..., Tensor], copies, direction: str, repeats:
         output, inputs, upstream = graph
         return torch.autograd.grad(output, inputs, upstream, retain_graph=True)
 
-    return median_of(backward, graphs, repeats)
+    return statistics.median(clock.milliseconds(backward, graphs, repeats)), peak
 
 
 def with_gradients(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """One forward and the gradients of all inputs."""
     output = function(**inputs)
     return torch.autograd.grad(output, list(inputs.values()), torch.ones_like(output))
-
-
-def median_of(call: Callable, arguments: list, repeats: int) -> float:
-    """Median milliseconds of one call, by CUDA events."""
-    for i in range(WARM_UP):
-        call(arguments[i % len(arguments)])
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
-    ]
-    torch.cuda.synchronize()
-    for i, (start, end) in enumerate(events):
-        start.record()
-        call(arguments[i % len(arguments)])
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
-
-
-def _peak_bytes(function: Callable[..., Tensor], inputs: dict[str, Tensor], direction: str) -> int:
-    """Memory over the inputs that one call takes at most, with its backward if that is what is timed."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    if direction == "forward":
-        function(**inputs)
-    else:
-        with_gradients(function, inputs)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

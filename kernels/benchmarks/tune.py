@@ -1,7 +1,8 @@
 """Times candidate tiles on this GPU, and prints the entries for `laver_kernels/configs.py`.
 
-    python kernels/benchmarks/tune.py                   # all kernels at the 7B shapes
-    python kernels/benchmarks/tune.py --only attention
+    python kernels/benchmarks/tune.py --only "forward', 128"    # one kernel: about three minutes
+    python kernels/benchmarks/tune.py --only gram
+    python kernels/benchmarks/tune.py                           # all kernels at the 7B and 0.5B shapes
 
 A candidate counts only if it passes the same check as the tests. Nothing is searched at run time: what is
 found here is written into the table by hand, beside its measurement in `kernels/README.md`.
@@ -10,6 +11,7 @@ found here is written into the table by hand, beside its measurement in `kernels
 import argparse
 import dataclasses
 import itertools
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from registry import attention_workload, gram_workload
-from timing import WARM_UP, median_of, with_gradients
+from timing import CudaClock, with_gradients
 
 from laver_kernels import configs
 from laver_kernels.configs import Tile
@@ -30,8 +32,9 @@ GUARD = ((text(70), image(200), text(9)), (image(129), text(40)))
 
 
 def attention_candidates() -> Iterator[Tile]:
-    for rows, columns, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
-        yield Tile(rows=rows, columns=columns, num_warps=warps, num_stages=stages)
+    for rows, columns, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
+        if rows * columns >= 2048:  # smaller ones never fill the tensor cores
+            yield Tile(rows=rows, columns=columns, num_warps=warps, num_stages=stages)
 
 
 def gram_candidates() -> Iterator[Tile]:
@@ -78,15 +81,14 @@ def _timer(workload, direction: str, repeats: int) -> Callable[[], float]:
     def both(copy):
         return with_gradients(workload.ours, copy)
 
-    return lambda: median_of(forward if direction == "forward" else both, inputs, repeats)
+    call, clock = forward if direction == "forward" else both, CudaClock()
+    return lambda: statistics.median(clock.milliseconds(call, inputs, repeats))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help='"attention" or "gram"')
-    parser.add_argument(
-        "--repeats", type=int, default=20, help=f"timed repetitions, after {WARM_UP} to warm up"
-    )
+    parser.add_argument("--only", default="", help="only kernels whose table key contains this")
+    parser.add_argument("--repeats", type=int, default=20, help="timed repetitions of each candidate")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("No CUDA GPU: there is nothing to tune.")
