@@ -31,13 +31,13 @@ def _std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
     return config.init_method_std
 
 
-def _draw(item: NamedParameter, full_shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
-    if item.name.endswith("bias"):
-        return torch.zeros(full_shape)
-    if item.name.endswith(("layernorm.weight", "layer_norm_weight")):
-        return torch.ones(full_shape)
-    std = _std(item.name, full_shape, config)
-    return torch.randn(full_shape, generator=_generator(seed, item.name)) * std
+def draw(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
+    """The whole fp32 parameter of this global name, drawn on CPU."""
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if name.endswith(("layernorm.weight", "layer_norm_weight")):
+        return torch.ones(shape)
+    return torch.randn(shape, generator=_generator(seed, name)) * _std(name, shape, config)
 
 
 def _cut(full: torch.Tensor, item: NamedParameter, topology: Topology) -> torch.Tensor:
@@ -61,7 +61,7 @@ def initialize(
         if item.name in (EMBEDDING, "language_model.output_layer.weight"):
             # Padding differs from layout to layout: rows of real tokens are drawn, the rest is zero.
             full = torch.zeros(shape)
-            full[:vocab_size] = _draw(item, (vocab_size, shape[1]), config, seed)
+            full[:vocab_size] = draw(item.name, (vocab_size, shape[1]), config, seed)
         else:
-            full = _draw(item, tuple(shape), config, seed)
+            full = draw(item.name, tuple(shape), config, seed)
         item.parameter.copy_(_cut(full, item, topology))

@@ -1,0 +1,179 @@
+"""The three contenders behind one interface: build, take a step, say what its losses were."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from laver_mcore import parallel
+from laver_mcore.data.batch import Batch
+from laver_mcore.schedules import Knobs
+from tools.training_benchmark.batches import PaddedBatch, global_batch, packed, padded
+from tools.training_benchmark.setting import Arm, Setting, engine_config, vocabulary
+
+MOMENTUM = 0.95
+SPOILED = 1.1
+"""What a spoiled weight is multiplied by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """One step's losses, each divided by its global count, and the gradient norm before clipping."""
+
+    lm: float
+    mim: float | None
+    gram: float | None
+    grad_norm: float
+
+
+class Contender(Protocol):
+    """One arm, built on its device."""
+
+    def step(self, number: int, move_teacher: bool = False) -> Any:
+        """Train on global batch `number` (they come round again); what it returns is for `losses`."""
+
+    def losses(self, result: Any) -> Losses:
+        """The losses of a step; waits for the device."""
+
+    def spoil(self) -> None:
+        """Change one weight, so that a loss differs from the other arms'."""
+
+
+class EngineArm:
+    """This engine, with LaVer's losses or the language model's alone."""
+
+    def __init__(self, setting: Setting, laver: bool, device: torch.device) -> None:
+        from laver_mcore.build import build_engine
+
+        config = engine_config(setting, laver)
+        vocab_size = vocabulary(config)
+        topology = parallel.build_topology(config.parallel, device)
+        self._engine, _ = build_engine(config, topology, vocab_size)
+        self._setting, self._laver = setting, laver
+        self._batches: list[list[Batch]] = [
+            [packed(batch, setting) for batch in global_batch(setting, vocab_size, number)]
+            for number in range(setting.num_batches)
+        ]
+
+    def step(self, number: int, move_teacher: bool = False) -> Any:
+        from laver_mcore.step import train_step
+
+        knobs = Knobs(
+            iteration=number,
+            learning_rate=self._setting.learning_rate,
+            mask_ratio=self._setting.mask_ratio if self._laver else 0.0,
+            momentum=MOMENTUM,
+            update_teacher=move_teacher and self._laver,
+        )
+        return train_step(self._engine, self._batches[number % len(self._batches)], knobs)
+
+    def losses(self, result: Any) -> Losses:
+        from laver_mcore.step import LOSSES
+
+        found = dict(zip(LOSSES, result.losses.tolist(), strict=True))
+        return Losses(
+            lm=found["lm_loss"],
+            mim=found["mim_loss"] if self._laver else None,
+            gram=found["gram_loss"] if self._laver else None,
+            grad_norm=result.grad_norm,
+        )
+
+    def spoil(self) -> None:
+        (model,) = self._engine.chunks
+        head = model.vision_head.layers[-1] if self._laver else model.decoder.final_layernorm
+        head.weight.data.mul_(SPOILED)
+
+
+class ReleasedArm:
+    """The released recipe on transformers, with torch's AdamW."""
+
+    def __init__(self, setting: Setting, device: torch.device) -> None:
+        from tools.training_benchmark.released import ReleasedModel
+
+        self._config = engine_config(setting, laver=True)
+        vocab_size = vocabulary(self._config)
+        self._model = ReleasedModel(
+            self._config, vocab_size, recompute=setting.recompute == "full", device=device
+        )
+        self._optimizer = MasterAdamW(self._model.trainable(), setting.learning_rate, device)
+        self._setting, self._device = setting, device
+        self._batches = [
+            global_batch(setting, vocab_size, number) for number in range(setting.num_batches)
+        ]
+
+    def step(self, number: int, move_teacher: bool = False) -> Any:
+        batches = self._batches[number % len(self._batches)]
+        losses, norm = self._train([padded(batch, self._setting, number) for batch in batches])
+        if move_teacher:
+            self._model.move_teacher(MOMENTUM)
+        return losses, norm
+
+    def _train(self, batches: Sequence[PaddedBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+        laver = self._config.laver
+        counts = [
+            sum(int((batch.labels_BL >= 0).sum()) for batch in batches),
+            sum(int(batch.masked_N.sum()) for batch in batches),
+            sum(len(batch.ids_BL) for batch in batches),  # one image a sample
+        ]
+        divisors = torch.tensor(counts, device=self._device).clamp(min=1)
+        weights = torch.tensor([1.0, laver.lambda_laver, laver.lambda_gram], device=self._device)
+        total = torch.zeros(3, device=self._device)
+        self._optimizer.zero_grad()
+        for batch in batches:
+            losses = self._model.sums(batch.to(self._device), self._config) / divisors
+            (losses * weights).sum().backward()
+            total += losses.detach()
+        return total, self._optimizer.step(self._config.optimizer.clip_grad)
+
+    def losses(self, result: Any) -> Losses:
+        (lm, mim, gram), norm = result[0].tolist(), float(result[1])
+        return Losses(lm=lm, mim=mim, gram=gram, grad_norm=norm)
+
+    def spoil(self) -> None:
+        self._model.vision_head[-1].weight.data.mul_(SPOILED)
+
+
+class MasterAdamW:
+    """torch's AdamW on fp32 masters, copied back into lower-precision parameters after each step."""
+
+    def __init__(
+        self, parameters: list[torch.nn.Parameter], learning_rate: float, device: torch.device
+    ) -> None:
+        self._parameters = parameters
+        self._masters = [
+            p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float()) for p in parameters
+        ]
+        self._adam = torch.optim.AdamW(
+            self._masters, lr=learning_rate, weight_decay=0.0, fused=device.type == "cuda"
+        )
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, max_norm: float) -> torch.Tensor:
+        """Clip and step; returns the gradient norm before clipping."""
+        pairs = [(p, m) for p, m in zip(self._parameters, self._masters, strict=True) if p is not m]
+        for parameter, master in pairs:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        norm = torch.nn.utils.clip_grad_norm_(self._masters, max_norm)
+        self._adam.step()
+        for parameter, master in pairs:
+            parameter.copy_(master)
+            master.grad = None
+        return norm
+
+
+def build(arm: Arm, setting: Setting, device: torch.device) -> Contender:
+    """The contender called `arm`."""
+    contender: Contender
+    if arm == "released":
+        contender = ReleasedArm(setting, device)
+    else:
+        contender = EngineArm(setting, arm == "laver", device)
+    if setting.perturb == arm:
+        contender.spoil()
+    return contender
