@@ -81,7 +81,7 @@ class EngineArm:
 
     def spoil(self) -> None:
         (model,) = self._engine.chunks
-        head = model.vision_head.layers[-1] if self._laver else model.decoder.final_layernorm
+        head: Any = model.vision_head.layers[-1] if self._laver else model.decoder.final_layernorm
         head.weight.data.mul_(SPOILED)
 
 
@@ -98,9 +98,7 @@ class ReleasedArm:
         )
         self._optimizer = MasterAdamW(self._model.trainable(), setting.learning_rate, device)
         self._setting, self._device = setting, device
-        self._batches = [
-            global_batch(setting, vocab_size, number) for number in range(setting.num_batches)
-        ]
+        self._batches = [global_batch(setting, vocab_size, number) for number in range(setting.num_batches)]
 
     def step(self, number: int, move_teacher: bool = False) -> Any:
         batches = self._batches[number % len(self._batches)]
@@ -131,7 +129,8 @@ class ReleasedArm:
         return Losses(lm=lm, mim=mim, gram=gram, grad_norm=norm)
 
     def spoil(self) -> None:
-        self._model.vision_head[-1].weight.data.mul_(SPOILED)
+        head: Any = self._model.vision_head[-1]
+        head.weight.data.mul_(SPOILED)
 
 
 class MasterAdamW:
@@ -169,11 +168,9 @@ class MasterAdamW:
 
 def build(arm: Arm, setting: Setting, device: torch.device) -> Contender:
     """The contender called `arm`."""
-    contender: Contender
-    if arm == "released":
-        contender = ReleasedArm(setting, device)
-    else:
-        contender = EngineArm(setting, arm == "laver", device)
+    contender: Contender = (
+        EngineArm(setting, arm == "laver", device) if arm != "released" else ReleasedArm(setting, device)
+    )
     if setting.perturb == arm:
         contender.spoil()
     return contender

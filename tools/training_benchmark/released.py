@@ -52,7 +52,8 @@ class ReleasedModel(nn.Module):
 
         super().__init__()
         self.dtype = torch.bfloat16 if config.train.bf16 else torch.float32
-        model, kind = config.model, dict(dtype=self.dtype, device=device)
+        model = config.model
+        kind: dict[str, Any] = dict(dtype=self.dtype, device=device)
         assert model.hidden_size is not None
         width, inner = model.hidden_size, config.laver.vision_head_hidden_size
         standard = torch.get_default_dtype()
@@ -64,12 +65,16 @@ class ReleasedModel(nn.Module):
         self.vision_head = _mlp([width, inner, inner, width], last_bias=False, **kind)
         self.mask_token = nn.Parameter(torch.zeros(width, **kind))
         connector_width = config.vision.connector_hidden_size or width
-        self.tower: nn.Module | None = None
+        self.tower: Any = None
         if config.vision.vision == "encoder-free":
             self.connector = _mlp([3 * config.vision.patch_size**2, *[connector_width] * 2, width], **kind)
         else:
             tower = build_vision_encoder(
-                config.vision.vision, path=config.vision.vision_path, random_init=True, seed=config.train.seed, **kind
+                config.vision.vision,
+                path=config.vision.vision_path,
+                random_init=True,
+                seed=config.train.seed,
+                **kind,
             )
             self.connector = _mlp([tower.hidden_size, connector_width, width], **kind)
             self.tower = tower.requires_grad_(False)
@@ -80,7 +85,9 @@ class ReleasedModel(nn.Module):
         self.teacher_vision_head = copy.deepcopy(self.vision_head).requires_grad_(False)
         self.decoder.train()
         if recompute:
-            self.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+            self.decoder.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs=dict(use_reentrant=False)
+            )
 
     @torch.no_grad()
     def _load(self, config: Config, vocab_size: int) -> None:

@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from laver_mcore.accounting.devices import peak_tflops
 from tools.training_benchmark.account import Account
 from tools.training_benchmark.equality import Agreement
 from tools.training_benchmark.measure import Measured
 from tools.training_benchmark.setting import Arm, Setting
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# Dense bf16 tensor-core peaks of the data sheets, TFLOP/s: what MFU is a share of.
-PEAK_TFLOPS = {"H200": 989.5, "H100": 989.5, "A100": 312.0}
 GOAL = 1.05
 """LaVer may take this many times what the account says it should."""
 
@@ -29,7 +28,7 @@ def machine() -> dict[str, Any]:
     import torch
 
     cuda = torch.cuda.is_available()
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in ("torch", "transformers", "megatron-core", "triton"):
         try:
             versions[name] = metadata.version(name)
@@ -53,7 +52,7 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def row(arm: Arm, measured: Measured, account: Account, peak_tflops: float | None) -> dict[str, Any]:
+def row(arm: Arm, measured: Measured, account: Account, peak: float | None) -> dict[str, Any]:
     """One arm's numbers; the step's time is the median over all timed steps."""
     steps = [second for each in measured.rounds for second in each]
     seconds = statistics.median(steps)
@@ -73,7 +72,7 @@ def row(arm: Arm, measured: Measured, account: Account, peak_tflops: float | Non
         "counted_tflop": None if measured.counted_flops is None else measured.counted_flops / 1e12,
         "language_model_rows": account.packed_rows,
         "useful_tflops_per_second": rate,
-        "mfu": None if peak_tflops is None else rate / peak_tflops,
+        "mfu": None if peak is None else rate / peak,
     }
 
 
@@ -126,7 +125,7 @@ def report(
     accounts: Mapping[Arm, Account],
 ) -> dict[str, Any]:
     """Everything, as it is kept in JSON."""
-    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in where["device"]), None)
+    peak = peak_tflops(where["device"])
     return {
         "machine": dict(where),
         "command": command,
