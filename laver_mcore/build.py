@@ -33,6 +33,7 @@ from laver_mcore.model.teacher import Teacher
 from laver_mcore.model.vision_encoders import read_patch_size
 from laver_mcore.optimizer import build_optimizer
 from laver_mcore.parallel import Topology
+from laver_mcore.training_cost import training_cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,8 @@ def build_data(config: Config, tokenizer: Tokenizer) -> DialogueData:
         system_prompt=data.system_prompt,
         overlong=data.overlong,
         weights=data.data_weights or None,
+        packing_window=data.packing_window,
+        cost=training_cost(config),
         image_backend=data.image_backend,
         num_workers=data.num_workers,
         decode_threads=data.decode_threads,

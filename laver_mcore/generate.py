@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from PIL import Image
 
+from laver_mcore.data.balance import image_shares
 from laver_mcore.data.batch import collate
 from laver_mcore.data.images import ImageProcessor
-from laver_mcore.data.loader import image_shares
 from laver_mcore.data.prompt import IGNORE, EncodedSample
 from laver_mcore.engine import Network
 from laver_mcore.model.inputs import ModelInputs, student_inputs
@@ -58,9 +58,10 @@ def _features(
     topology = network.topology
     if processor is None or not topology.on_first_stage:
         return None
-    start, stop = image_shares(len(images), topology.tp_size)[topology.tp_rank]
-    grids = [processor.grid(*image.size) for image in images[start:stop]]
-    return network.chunks[0].encode_images(processor(images[start:stop]).to(topology.device), grids)
+    grids = [processor.grid(*image.size) for image in images]
+    start, stop = image_shares(grids, topology.tp_size)[topology.tp_rank]
+    pixels = processor(images[start:stop]).to(topology.device)
+    return network.chunks[0].encode_images(pixels, grids[start:stop])
 
 
 def generate(

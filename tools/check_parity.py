@@ -198,7 +198,7 @@ def batches(network, hf_config: dict | None):
 
     from laver_mcore.build import build_image_processor
     from laver_mcore.convert.parity import image_prompt, text_prompts
-    from laver_mcore.data.loader import image_shares
+    from laver_mcore.data.balance import image_shares
 
     topology, vocab_size = network.topology, network.vocab_size
     processor = build_image_processor(network.config)
@@ -208,14 +208,15 @@ def batches(network, hf_config: dict | None):
         return
     generator = torch.Generator().manual_seed(0)
     for name, counts in (("one image", (1,)), ("two images", (2, 1))):
-        prompts, images = [], []
+        prompts, images, all_grids = [], [], []
         for seed, count in enumerate(counts):
             noise = torch.randint(0, 256, (count, 50, 70, 3), generator=generator, dtype=torch.uint8)
             own = [Image.fromarray(each.numpy()) for each in noise]
             grids = [processor.grid(*image.size) for image in own]
             prompts.append(image_prompt(vocab_size, hf_config["image_token_id"], grids, processor(own), seed))
             images += own
-        start, stop = image_shares(len(images), topology.tp_size)[topology.tp_rank]
+            all_grids += grids
+        start, stop = image_shares(all_grids, topology.tp_size)[topology.tp_rank]
         yield name, prompts, processor(images[start:stop]) if topology.on_first_stage else None
 
 

@@ -24,6 +24,7 @@ from laver_mcore.build import build_data, build_image_processor, build_tokenizer
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.load import parse
 from laver_mcore.config.schema import Config
+from laver_mcore.data.balance import imbalance
 from laver_mcore.data.batch import Batch
 from laver_mcore.data.decode import open_image
 from laver_mcore.data.errors import DataError
@@ -112,6 +113,19 @@ def batch_html(
         start = stop
 
 
+def balance_html(data: DialogueData, step: int, sizes: dict[str, int]) -> str:
+    """How much longer the slowest of so many data-parallel ranks is expected to take than their mean."""
+    parts = []
+    for dp_size in (2, 4, 8, 16, 32, 64):
+        if sizes["global_batch_size"] % (sizes["micro_batch_size"] * dp_size) == 0:
+            ranks = data.step_rows(step, dp_size=dp_size, **sizes)
+            loads = [sum(data.row_cost(row) for rows in of_rank for row in rows) for of_rank in ranks]
+            parts.append(f"DP {dp_size}: {imbalance(loads):.1%}")
+    if not parts:
+        return ""
+    return f"<p>predicted imbalance of ranks (slowest / mean - 1): {', '.join(parts)}</p>"
+
+
 def as_seen(image: Image.Image, processor: ImageProcessor) -> Image.Image:
     """The picture resized and cropped as the processor does."""
     settings = processor.settings
@@ -148,18 +162,19 @@ def _picture_html(picture: Image.Image, key: str, index: int, mask: np.ndarray) 
 def page(config: Config, steps: range) -> str:
     """The whole page; steps are counted from 0, as rows are taken."""
     data = build_data(config, build_tokenizer(config))
-    train = config.train
+    sizes = {
+        "global_batch_size": config.train.global_batch_size,
+        "micro_batch_size": config.train.micro_batch_size,
+    }
     parts = [f"<!doctype html><meta charset=utf-8><title>steps {steps}</title><style>{_STYLE}</style>"]
     for step in steps:
         parts.append(f"<h2>Step {step} (iteration {step + 1})</h2>")
-        batches = data.step_batches(
-            step, global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size
-        )
+        (rows,) = data.step_rows(step, **sizes)
+        parts.append(balance_html(data, step, sizes))
+        batches = data.step_batches(step, **sizes)
         for number, batch in enumerate(batches):
             parts.append(f"<h3>Micro-batch {number}</h3>")
-            first = step * train.global_batch_size + number * train.micro_batch_size
-            rows = range(first, first + train.micro_batch_size)
-            members = [member for row in rows for member in data.row(row)]
+            members = [member for row in rows[number] for member in data.row(row)]
             parts.extend(batch_html(batch, members, data, config, step))
     return "\n".join(parts)
 

@@ -137,6 +137,8 @@ class DataConfig:
     """Tokens of one packed row; no dialogue may be longer."""
     overlong: Literal["error", "drop"] = "error"
     """What to do with a dialogue longer than seq_length."""
+    packing_window: int = 1024
+    """Dialogues looked ahead at when rows are packed: more fill better and even out cost, and stray further."""
     system_prompt: str = "You are a helpful assistant."
     """System turn of dialogues that bring none; empty for none at all."""
     pad_to_multiple: int = 128

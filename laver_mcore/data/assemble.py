@@ -3,11 +3,11 @@
 Everything is NumPy or plain data, so that a worker's answer is one copy through a pipe.
 """
 
-import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from laver_mcore.data.balance import image_shares
 from laver_mcore.data.dialogues import Dialogues, DialogueSample
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.image_backend import PixelMaker, WantedImage
@@ -40,12 +40,6 @@ class Assembled:
     failures: dict[int, str]
 
 
-def image_shares(num_images: int, num_shares: int) -> list[tuple[int, int]]:
-    """Cut `range(num_images)` into contiguous shares (start, stop) whose sizes differ by one at most."""
-    bounds = [num_images * i // num_shares for i in range(num_shares + 1)]
-    return list(itertools.pairwise(bounds))
-
-
 def assemble(dialogues: Dialogues, plan: Plan) -> Assembled:
     """Read and tokenise the samples of a plan; its images are only listed."""
     samples = [dialogues.read(number) for number in plan.members]
@@ -62,7 +56,8 @@ def assemble(dialogues: Dialogues, plan: Plan) -> Assembled:
         owned = []
     else:
         index, num_shares = plan.image_share
-        start, stop = image_shares(len(owned), num_shares)[index]
+        grids = [(span.height, span.width) for sample in samples for span in sample.encoded.image_spans]
+        start, stop = image_shares(grids, num_shares)[index]
         owned = owned[start:stop]
     return Assembled(
         encoded=tuple(sample.encoded for sample in samples),

@@ -31,7 +31,8 @@ class Dialogues(Sequence[Sample]):
     """Samples of several indexed sources, numbered through; those longer than `seq_length` are left out.
 
     `overlong` is "error" or "drop"; `set_starts` [sets + 1] are the numbers at which each set begins and
-    ends.
+    ends. `lengths`, `visual` and `visual_squares` (int64 [samples]) are the tokens of each sample, those of its
+    images, and the sum of the squares of its images' tokens.
     """
 
     def __init__(
@@ -51,18 +52,22 @@ class Dialogues(Sequence[Sample]):
         self._processor = image_processor
         self._system_prompt = system_prompt
         self.num_dropped = 0
-        members, lengths = [], []
+        members, lengths, visual, squares = [], [], [], []
         for index in indexes:
-            of_set = self._lengths(index)
+            visual_n, squares_n = self._visual(index)
+            of_set = index.text_lengths.astype(np.int64) + visual_n
             fits = of_set <= seq_length
             if overlong == "error" and not fits.all():
                 self._refuse(index, of_set, seq_length)
             self.num_dropped += int((~fits).sum())
             members.append(np.flatnonzero(fits))
             lengths.append(of_set[fits])
+            visual.append(visual_n[fits])
+            squares.append(squares_n[fits])
         self.set_starts = np.cumsum([0, *map(len, members)])
         self._members = np.concatenate(members)
         self.lengths = np.concatenate(lengths)
+        self.visual, self.visual_squares = np.concatenate(visual), np.concatenate(squares)
         if self.num_dropped:
             total = self.num_dropped + len(self)
             logger.warning(
@@ -116,10 +121,10 @@ class Dialogues(Sequence[Sample]):
         assert self._processor is not None
         return self._processor.grid(width, height)
 
-    def _lengths(self, index: SourceIndex) -> np.ndarray:
-        """Tokens of every sample of a source, int64, visual ones included.
+    def _visual(self, index: SourceIndex) -> tuple[np.ndarray, np.ndarray]:
+        """Visual tokens of every sample of a source, and the sum of the squares of its images' tokens, int64 [n].
 
-        Too long for any row if refused.
+        Too many for any row if an image is refused.
         """
         if len(index.image_sizes) and self._processor is None:
             first = int(np.argmax(np.diff(index.image_starts) > 0))
@@ -128,16 +133,19 @@ class Dialogues(Sequence[Sample]):
             )
         sizes_U2, which_I = np.unique(index.image_sizes, axis=0, return_inverse=True)
         tokens_U = np.array([self._num_tokens(int(w), int(h)) for w, h in sizes_U2], dtype=np.int64)
-        before_I = np.concatenate([[0], np.cumsum(tokens_U[which_I.reshape(-1)])])
-        visual = before_I[index.image_starts[1:]] - before_I[index.image_starts[:-1]]
-        return index.text_lengths.astype(np.int64) + visual
+        tokens_I = tokens_U[which_I.reshape(-1)]
+        before_2I = np.concatenate(
+            [np.zeros((2, 1), dtype=np.int64), np.cumsum([tokens_I, tokens_I**2], axis=1)], 1
+        )
+        visual, squares = before_2I[:, index.image_starts[1:]] - before_2I[:, index.image_starts[:-1]]
+        return visual, squares
 
     @lru_cache  # noqa: B019 - one instance a run, and few sizes
     def _num_tokens(self, width: int, height: int) -> int:
         try:
             rows, columns = self._grid(width, height)
         except DataError:
-            return 2**40  # a shape without a grid: dropped, or refused, with the samples that are too long
+            return 2**30  # a shape without a grid: dropped, or refused, with the samples that are too long
         return rows * columns
 
     def _refuse(self, index: SourceIndex, lengths: np.ndarray, seq_length: int) -> None:

@@ -15,8 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from laver_mcore.data.assemble import Assembled, image_shares
+from laver_mcore.data.assemble import Assembled
 from laver_mcore.data.batch import Batch
+from laver_mcore.data.cost import PackingCost
 from laver_mcore.data.dialogues import Dialogues
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.finevision import RatingFilter
@@ -31,8 +32,6 @@ from laver_mcore.data.steps import StepLayout, StepMaker
 from laver_mcore.data.tokenizer import Tokenizer
 from laver_mcore.data.workers import WorkerPool, WorkerTask
 
-__all__ = ["Agreement", "DialogueData", "image_shares"]
-
 Agreement = Callable[[frozenset[int]], tuple[frozenset[int], bool]]
 """Samples silenced here -> those silenced on any rank with the same batches, and whether all agreed."""
 
@@ -46,7 +45,8 @@ class DialogueData:
     listed in `quarantine` and left out, as long as they are no more than `max_bad_fraction` of a set; an
     image that fails later silences its sample. `overlong` says what to do with a sample of more than
     `seq_length` tokens: "error", or "drop" (logged, and counted in `num_dropped`). `weights`, one a source,
-    mix several sets (`order.py`). `num_workers` processes read ahead; 0 reads in a thread. `image_backend` is
+    mix several sets (`order.py`). `cost` makes rows and ranks even in what they cost to train on; without it
+    samples are packed by length alone. `num_workers` processes read ahead; 0 reads in a thread. `image_backend` is
     one of `image_backend.BACKENDS`.
     """
 
@@ -64,6 +64,7 @@ class DialogueData:
         weights: Sequence[float] | None = None,
         ratings: RatingFilter | None = None,
         packing_window: int = 1024,
+        cost: PackingCost | None = None,
         image_backend: str = "pillow",
         image_cache_mib: int = 256,
         num_workers: int = 0,
@@ -100,6 +101,9 @@ class DialogueData:
             window=packing_window,
             set_starts=self.samples.set_starts,
             weights=weights,
+            costs=None
+            if cost is None
+            else cost.documents(self.lengths, self.samples.visual, self.samples.visual_squares),
         )
         maker = None
         if image_processor is not None:
@@ -118,7 +122,7 @@ class DialogueData:
             pad_id=tokenizer.special.pad,
         )
         self._waits: list[float] = []
-        settings = (seed, seq_length, system_prompt, overlong, packing_window, tuple(weights or ()))
+        settings = (seed, seq_length, system_prompt, overlong, packing_window, tuple(weights or ()), cost)
         self._fingerprint = repr((settings, image_backend, len(self.samples), tokenizer.fingerprint()))
 
     def rows_per_epoch(self, epoch: int) -> int:
@@ -129,12 +133,20 @@ class DialogueData:
         """The samples (indices into `samples`) of one row of the endless concatenation of epochs."""
         return self._order.row(index)
 
+    def row_cost(self, index: int) -> int:
+        """What a row costs to train on, in tokens' worth of the decoder's matrices (`cost.py`)."""
+        return self._order.row_cost(index)
+
+    def step_rows(self, step: int, **layout: Any) -> list[list[list[int]]]:
+        """The rows of a step as [data-parallel rank][micro-batch][row]; `layout` as in `step_batches`."""
+        return self._steps.rows(step, StepLayout(**layout))
+
     def step_batches(self, step: int, **layout: Any) -> list[Batch]:
         """The micro-batches of one data-parallel rank at `step`, counted from 0.
 
         `layout` are the fields of `StepLayout`. Step k takes rows [k * G, (k + 1) * G), G =
-        `global_batch_size` packed rows; micro-batch m of rank d takes the `micro_batch_size` rows from k * G
-        + (m * dp_size + d) * micro_batch_size. `image_share` = (i, n) decodes the i-th of n shares of each
+        `global_batch_size` packed rows; which of them are this rank's is decided by their cost (`balance.py`).
+        `image_share` = (i, n) decodes the i-th of n shares of each
         micro-batch's images (`image_shares`); None decodes none.
         """
         wanted = StepLayout(**layout)
@@ -203,7 +215,7 @@ class _Ahead:
 
     def __init__(self, data: DialogueData, layout: StepLayout, end_step: int, num_steps: int) -> None:
         self._data, self._layout, self._end, self._num_steps = data, layout, end_step, num_steps
-        layout.first_rows(0)  # refuses sizes that do not divide, before any process starts
+        layout.check()  # refuses sizes that do not divide, before any process starts
         workers = data._num_workers
         self._pool = WorkerPool(data._task, workers) if workers else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="laver-data")

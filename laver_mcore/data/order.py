@@ -1,7 +1,7 @@
 """Which samples stand in which row: a pure function of (seed, row), for one set or a weighted mixture.
 
 Epochs follow each other without end; an epoch is a permutation of its samples, packed into rows of at most
-seq_length tokens, which are permuted again (packing sorts by length, and steps must not). A set of weight w
+seq_length tokens, which are permuted again (packing sorts, and steps must not). A set of weight w
 takes part in an epoch with w times its size: epoch e takes positions [e w n, (e + 1) w n) of the endless
 concatenation of the set's own permutations, so over the epochs every sample of a set is seen equally often.
 """
@@ -45,8 +45,10 @@ class RowOrder:
         window: int = 1024,
         set_starts: Sequence[int] | np.ndarray | None = None,
         weights: Sequence[float] | None = None,
+        costs: np.ndarray | None = None,
     ) -> None:
         self._lengths, self._seq_length, self._seed, self._window = lengths, seq_length, seed, window
+        self._costs = costs
         starts = [0, len(lengths)] if set_starts is None else [int(start) for start in set_starts]
         self._sets = list(itertools.pairwise(starts))
         if weights is not None and len(weights) != len(self._sets):
@@ -74,6 +76,13 @@ class RowOrder:
             rows, number = self._rows(epoch), index - self._first_row[epoch]
             return rows.members[rows.starts[number] : rows.starts[number + 1]].tolist()
 
+    def row_cost(self, index: int) -> int:
+        """What row `index` costs, in tokens' worth of the decoder's matrices; all alike without `costs`.
+
+        Padding is computed as well, so every row pays for `seq_length` tokens.
+        """
+        return self._seq_length + (0 if self._costs is None else int(self._costs[self.row(index)].sum()))
+
     def samples_of(self, epoch: int) -> np.ndarray:
         """The samples (numbers) of an epoch in the order in which they are packed."""
         chosen = np.sort(np.concatenate([self._of_set(number, epoch) for number in range(len(self._sets))]))
@@ -94,7 +103,8 @@ class RowOrder:
     def _rows(self, epoch: int) -> _Rows:
         if epoch not in self._epochs:
             order = self.samples_of(epoch)
-            bins = pack(self._lengths[order], self._seq_length, window=self._window)
+            costs = None if self._costs is None else self._costs[order]
+            bins = pack(self._lengths[order], self._seq_length, window=self._window, costs=costs)
             if not bins:
                 raise DataError(
                     f"epoch {epoch} holds no sample: the weights are too small for so few samples"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from laver_mcore.data.assemble import Assembled, Plan, assemble, with_pixels
+from laver_mcore.data.balance import assign_rows
 from laver_mcore.data.batch import Batch, collate
 from laver_mcore.data.dialogues import Dialogues
 from laver_mcore.data.errors import DataError
@@ -26,19 +27,14 @@ class StepLayout:
     dp_size: int = 1
     image_share: tuple[int, int] | None = None
 
-    def first_rows(self, step: int) -> range:
-        """First row of each of this rank's micro-batches at `step`.
-
-        DataError for sizes that do not divide.
-        """
+    def check(self) -> None:
+        """DataError for sizes that do not divide."""
         rows = self.micro_batch_size * self.dp_size
         if self.global_batch_size % rows:
             raise DataError(
                 f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size * "
                 f"data-parallel size = {self.micro_batch_size} * {self.dp_size}; use a multiple of {rows}"
             )
-        first = step * self.global_batch_size + self.dp_rank * self.micro_batch_size
-        return range(first, (step + 1) * self.global_batch_size, rows)
 
 
 class StepMaker:
@@ -58,12 +54,19 @@ class StepMaker:
         self._quarantine = quarantine
         self._seq_length, self._pad_id = seq_length, pad_id
 
+    def rows(self, step: int, layout: StepLayout) -> list[list[list[int]]]:
+        """The rows of a step as [data-parallel rank][micro-batch][row], even in cost."""
+        layout.check()
+        first = step * layout.global_batch_size
+        costs = [self._order.row_cost(first + row) for row in range(layout.global_batch_size)]
+        assigned = assign_rows(costs, dp_size=layout.dp_size, micro_batch_size=layout.micro_batch_size)
+        return [[[first + row for row in rows] for rows in of_rank] for of_rank in assigned]
+
     def plans(self, step: int, layout: StepLayout, silenced: frozenset[int] = frozenset()) -> list[Plan]:
         """One plan a micro-batch."""
         share = layout.image_share if self._make_pixels is not None else None
         plans = []
-        for first in layout.first_rows(step):
-            rows = range(first, first + layout.micro_batch_size)
+        for rows in self.rows(step, layout)[layout.dp_rank]:
             members = tuple(number for row in rows for number in self._order.row(row))
             plans.append(Plan(members=members, image_share=share, silenced=silenced.intersection(members)))
         return plans

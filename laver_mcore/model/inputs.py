@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from laver_kernels import Intervals, rope_table
+from laver_mcore.data.balance import image_shares
 from laver_mcore.data.batch import Batch
 from laver_mcore.data.layout import SequenceLayout, concatenate, reconstruction_layout
-from laver_mcore.data.loader import image_shares
 from laver_mcore.model.mixed_attention import PackedLayout
 
 
@@ -89,7 +89,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 def share_grids(batch: Batch, tp_size: int) -> tuple[tuple[tuple[int, int], ...], ...]:
     """Token grids of the images that each tensor-parallel rank encodes."""
-    return tuple(batch.image_grids[start:stop] for start, stop in image_shares(batch.num_images, tp_size))
+    return tuple(batch.image_grids[start:stop] for start, stop in image_shares(batch.image_grids, tp_size))
 
 
 def num_student_rows(batch: Batch, reconstruct: bool, pad_to_multiple: int) -> int:

@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cpu": (),
     "parallel": ("config.schema", "cpu"),
     "data": ("laver_kernels",),
-    "model": ("config", "data.batch", "data.layout", "data.loader", "laver_kernels", "parallel"),
+    "model": ("config", "data.balance", "data.batch", "data.layout", "laver_kernels", "parallel"),
     "objectives": ("data.batch", "model.laver", "laver_kernels"),
     "optimizer": ("config", "parallel"),
     "engine": ("config", "model", "parallel"),
@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "metrics",
         "schedules",
     ),
+    "training_cost": ("config", "data.cost", "model"),
     "generate": ("config", "data", "model", "engine", "pipeline"),
     "convert": ("config", "data", "model", "parallel", "engine", "checkpoint", "pipeline"),
     "report": ("report_picture",),
@@ -69,6 +70,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "laver_kernels",
         "convert",
         "schedules",
+        "training_cost",
     ),
     "run": (
         "build",
@@ -98,8 +100,8 @@ MEGATRON_FREE = (
 )
 BUILD_IMPORTERS = ("build", "run", "dry_run", "convert")
 """Modules of the package that may wire objects through `build`; tools and tests may as well."""
-IMAGE_SHARES = ("data.loader", "image_shares")
-"""All that the model may know of the loader: how images are shared out."""
+IMAGE_SHARES = ("data.balance", "image_shares")
+"""All that the model may know of who does what: how images are shared out."""
 
 
 def modules() -> dict[str, Path]:
@@ -181,13 +183,13 @@ def test_knows_no_megatron(part):
     assert wrong == []
 
 
-def test_model_takes_image_shares_alone_from_the_loader():
+def test_model_takes_image_shares_alone_from_the_balance():
     taken = {
         imported
         for name, file in MODULES.items()
         if part_of(name) == "model"
         for imported in ours(file)
-        if imported[0] == "data.loader"
+        if imported[0] == "data.balance"
     }
     assert taken <= {IMAGE_SHARES}
 

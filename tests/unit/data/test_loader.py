@@ -12,7 +12,7 @@ import torch
 from laver_mcore.data.batch import Batch, collate
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images import PatchImageProcessor
-from laver_mcore.data.loader import DialogueData, image_shares
+from laver_mcore.data.loader import DialogueData
 from laver_mcore.data.prompt import IGNORE, encode_prompt
 from laver_mcore.data.records import Turn
 
@@ -184,16 +184,6 @@ def test_image_shares_join_to_all_images(num_shares, data):
         assert torch.equal(torch.cat(parts), expected.pixels)
         assert all(part.shape[1] == PROCESSOR.patch_dim for part in parts)
     assert all(batch.pixels is None for batch in data.step_batches(1, **SIZES))
-
-
-@pytest.mark.parametrize("num_images", [0, 1, 5, 8, 9])
-@pytest.mark.parametrize("num_shares", [1, 2, 4, 8])
-def test_image_shares_are_contiguous_and_balanced(num_images, num_shares):
-    shares = image_shares(num_images, num_shares)
-    assert [i for start, stop in shares for i in range(start, stop)] == list(range(num_images))
-    sizes = [stop - start for start, stop in shares]
-    assert len(sizes) == num_shares
-    assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.fixture

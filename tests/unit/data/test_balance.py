@@ -1,0 +1,191 @@
+"""Cost against a count by hand; how even rows and ranks are; how images are shared out."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from realistic import QWEN_7B, SO400M, STAGE_2, realistic_mix
+
+from laver_mcore.data.balance import assign_rows, image_shares, imbalance
+from laver_mcore.data.cost import TransformerShape, packing_cost
+from laver_mcore.data.order import RowOrder
+
+TINY = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "num_key_heads": 2, "head_dim": 4}
+DECODER = TransformerShape.of(**TINY, ffn_size=24, ffn_matrices=3)
+TOWER = TransformerShape(token=700, pair=50)
+SETTINGS = {
+    "lm_head": 16 * 40,
+    "mixed": True,
+    "vision_head": 96,
+    "gram_width": 16,
+    "tower": TOWER,
+    "tower_trains": False,
+    "patches_per_token": 4,
+}
+
+DOCUMENTS = {
+    "text": [("text", 9)],
+    "one image": [("text", 3), ("image", 12), ("text", 5)],
+    "three images": [("image", 4), ("image", 20), ("text", 2), ("image", 7), ("text", 1)],
+}
+VARIANTS = {
+    "laver": {},
+    "causal": {"mixed": False},
+    "no laver": {"vision_head": None},
+    "no gram": {"gram_width": 0},
+    "trained tower": {"tower_trains": True},
+    "no tower": {"tower": None},
+}
+
+
+def by_hand(document, *, lm_head, mixed, vision_head, gram_width, tower, tower_trains, patches_per_token):
+    """Multiply-adds of a document, rows and pairs counted one by one; matrices of its tokens left out."""
+    image_of = [
+        n if kind == "image" else None for n, (kind, size) in enumerate(document) for _ in range(size)
+    ]
+    rows = range(len(image_of))
+    pairs = sum(
+        j <= i or (mixed and image_of[i] is not None and image_of[i] == image_of[j])
+        for i in rows
+        for j in rows
+    )
+    text = sum(image is None for image in image_of)
+    # q, k, v, output and SwiGLU's three matrices; scores and values.
+    token = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24)
+    pair = 2 * (4 * 4 + 4 * 4)
+    total = 3 * text * lm_head + 3.5 * pairs * pair
+    for kind, size in document:
+        if kind == "text":
+            continue
+        if vision_head is not None:
+            student = 3 * size * (token + vision_head) + 3.5 * size**2 * pair + 2 * size**2 * gram_width
+            teacher = size * (token + vision_head) + size**2 * pair + 2 * size**2 * gram_width
+            total += student + teacher
+        if tower is not None:
+            patches = size * patches_per_token
+            total += (3 if tower_trains else 1) * patches * tower.token
+            total += (3.5 if tower_trains else 1) * patches**2 * tower.pair
+    return total / (3 * token)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_cost_is_what_counting_gives(name, variant):
+    settings = SETTINGS | VARIANTS[variant]
+    sizes = [size for kind, size in DOCUMENTS[name] if kind == "image"]
+    length = sum(size for _, size in DOCUMENTS[name])
+    cost = packing_cost(DECODER, **settings)
+    (got,) = cost.documents([length], [sum(sizes)], [sum(size**2 for size in sizes)])
+    assert got == pytest.approx(by_hand(DOCUMENTS[name], **settings), abs=0.51)  # whole units
+
+
+def test_shapes_are_those_of_the_published_models():
+    assert QWEN_7B.token == pytest.approx(7.62e9 - 2 * 3584 * 152064, rel=0.01)  # Qwen2.5-7B less embeddings
+    assert SO400M.token == pytest.approx(0.4e9, rel=0.05)
+
+
+def orders(seq_length, num=20_000):
+    lengths, visual, squares = realistic_mix(num, seq_length)
+    costs = STAGE_2.documents(lengths, visual, squares)
+    balanced = RowOrder(lengths, seq_length=seq_length, seed=0, costs=costs)
+    by_length = RowOrder(lengths, seq_length=seq_length, seed=0)
+    return lengths, costs, balanced, by_length
+
+
+def fill(lengths, order, seq_length):
+    return lengths.sum() / (order.rows_per_epoch(0) * seq_length)
+
+
+def mean_imbalance(order, costs, dp_size, rows_per_rank, seq_length, *, assign):
+    """Over the steps of an epoch; `assign` None deals rows out as they come."""
+    size = dp_size * rows_per_rank
+    found = []
+    for step in range(order.rows_per_epoch(0) // size):
+        rows = [seq_length + costs[order.row(step * size + row)].sum() for row in range(size)]
+        if assign is None:
+            loads = np.array(rows).reshape(rows_per_rank, dp_size).sum(0)
+        else:
+            ranks = assign(rows, dp_size=dp_size, micro_batch_size=1)
+            loads = [sum(rows[row] for (row,) in of_rank) for of_rank in ranks]
+        found.append(imbalance(loads))
+    return float(np.mean(found))
+
+
+@pytest.mark.parametrize(("dp_size", "rows_per_rank"), [(8, 4), (8, 16), (16, 8)])
+@pytest.mark.parametrize("seq_length", [2048, 8192])
+def test_ranks_are_even_to_five_percent(dp_size, rows_per_rank, seq_length):
+    _, costs, balanced, by_length = orders(seq_length)
+    even = mean_imbalance(balanced, costs, dp_size, rows_per_rank, seq_length, assign=assign_rows)
+    plain = mean_imbalance(by_length, costs, dp_size, rows_per_rank, seq_length, assign=None)
+    assert even <= 0.05
+    assert even < 0.6 * plain
+
+
+def test_even_rows_are_full_rows():
+    lengths, costs, balanced, by_length = orders(8192)
+    assert fill(lengths, balanced, 8192) >= 0.97
+    alone = [mean_imbalance(order, costs, 8, 1, 8192, assign=None) for order in (balanced, by_length)]
+    assert alone[0] < 0.6 * alone[1]  # one row a rank: packing alone has to be even
+
+
+def test_samples_of_one_kind_do_not_stand_together():
+    lengths = np.array([100] * 40 + [200] * 40)
+    for costs, kinds in ((None, {1, 2}), (lengths * 3, {2})):
+        order = RowOrder(lengths, seq_length=600, seed=1, costs=costs)
+        rows = [order.row(row) for row in range(order.rows_per_epoch(0))]
+        mixed = [len(set(lengths[row])) for row in rows]
+        assert set(mixed) == kinds if costs is None else np.mean(mixed) > 1.9
+
+
+@pytest.mark.parametrize(
+    ("rows", "dp_size", "micro"), [(8, 1, 2), (8, 2, 2), (8, 4, 2), (24, 3, 4), (16, 16, 1)]
+)
+def test_every_row_goes_to_one_micro_batch(rows, dp_size, micro):
+    costs = np.random.default_rng(rows).integers(1, 1000, rows)
+    ranks = assign_rows(costs, dp_size=dp_size, micro_batch_size=micro)
+    assert sorted(row for rank in ranks for part in rank for row in part) == list(range(rows))
+    assert {len(rank) for rank in ranks} == {rows // dp_size // micro}
+    assert {len(part) for rank in ranks for part in rank} == {micro}
+    assert all(part == sorted(part) for rank in ranks for part in rank)
+
+
+def test_ranks_with_a_best_answer_near_by():
+    """Against all ways of giving six rows to two ranks."""
+    for seed in range(40):
+        costs = np.random.default_rng(seed).integers(100, 200, 6)
+        best = min(
+            max(sum(costs[list(half)]), costs.sum() - sum(costs[list(half)]))
+            for half in itertools.combinations(range(6), 3)
+        )
+        ranks = assign_rows(costs, dp_size=2, micro_batch_size=1)
+        assert max(sum(costs[row] for (row,) in rank) for rank in ranks) <= 1.07 * best
+
+
+@pytest.mark.parametrize("num_shares", [1, 2, 4, 8])
+@pytest.mark.parametrize("seed", range(12))
+def test_image_shares_are_contiguous_and_their_largest_is_smallest(num_shares, seed):
+    draw = np.random.default_rng(seed)
+    grids = [tuple(int(n) for n in draw.integers(1, 30, 2)) for _ in range(seed)]
+    shares = image_shares(grids, num_shares)
+    assert len(shares) == num_shares
+    assert [i for start, stop in shares for i in range(start, stop)] == list(range(len(grids)))
+    tokens = [h * w for h, w in grids]
+    best = (
+        min(
+            max(sum(tokens[a:b]) for a, b in itertools.pairwise([0, *cuts, len(tokens)]))
+            for cuts in itertools.combinations_with_replacement(range(len(tokens) + 1), num_shares - 1)
+        )
+        if num_shares <= 4
+        else None
+    )
+    if best is not None:
+        assert max(sum(tokens[a:b]) for a, b in shares) == best
+
+
+def test_cost_without_a_tower_is_cheaper():
+    assert (
+        packing_cost(DECODER, **SETTINGS | {"tower": None}).visual_token
+        < packing_cost(DECODER, **SETTINGS).visual_token
+    )
+    assert replace(STAGE_2, pair=0.0).documents([5], [0], [0]) == 0
