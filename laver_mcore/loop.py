@@ -12,7 +12,7 @@ from laver_mcore.accounting.throughput import throughput
 from laver_mcore.accounting.timers import Timers, time_columns
 from laver_mcore.checkpoint import Progress
 from laver_mcore.counts import COUNTS, work_of
-from laver_mcore.data.agreement import agreement
+from laver_mcore.data.exchange import connect
 from laver_mcore.data.loader import DialogueData
 from laver_mcore.engine import Engine
 from laver_mcore.metrics import Metrics
@@ -148,7 +148,7 @@ def train(engine: Engine, data: DialogueData, progress: Progress, metrics: Metri
     steps = data.iterate(
         first,
         first + total - progress.iteration,
-        agree=agreement(topology.mp_group, topology.device),
+        exchange=connect(topology.mp_group),
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=topology.dp_rank,

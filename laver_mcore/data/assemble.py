@@ -1,100 +1,130 @@
-"""A plan of a micro-batch -> its samples as tokens and its images as pixels or bytes, here or in a worker.
+"""The two things that are done for a micro-batch, here or in a worker: read and tokenise; read and decode images.
 
-Everything is NumPy or plain data, so that a worker's answer is one copy through a pipe.
+What comes back is NumPy or plain data, so that a worker's answer is one copy through a pipe. Both call `at(sample)`
+before they touch a sample, so that whoever waits knows where it got stuck.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
-from laver_mcore.data.balance import image_shares
 from laver_mcore.data.dialogues import Dialogues, DialogueSample
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.image_backend import PixelMaker, WantedImage
 from laver_mcore.data.image_source import LoadedImage, read_image_bytes
 from laver_mcore.data.prompt import IGNORE, EncodedSample
 
+Progress = Callable[[int], None]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Which samples a micro-batch holds, and which of its images this rank decodes.
+class Tools:
+    """What tasks work with; without `make_pixels` images are read and decoded elsewhere."""
 
-    `image_share` = (i, n): the i-th of n shares; None: none. A sample in `silenced` keeps its place and
-    length but has neither labels nor images.
-    """
-
-    members: tuple[int, ...]
-    image_share: tuple[int, int] | None
-    silenced: frozenset[int] = frozenset()
+    dialogues: Dialogues
+    make_pixels: PixelMaker | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Assembled:
-    """What a plan came to; `failures` are samples (numbers) with an image that could not be read, and why."""
+class Texts:
+    """A micro-batch's samples as tokens; `failures` says why some are blank."""
 
-    encoded: tuple[EncodedSample, ...]
-    keys: tuple[str, ...]
-    images: tuple[WantedImage, ...] = ()  # of the share
-    owners: tuple[int, ...] = ()  # the sample of each image of the share
+    samples: tuple[DialogueSample, ...]
+    failures: dict[int, str]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pictures:
+    """A rank's share of a micro-batch's images, as pixels or as encoded bytes.
+
+    `failures` are samples (numbers) with an image that could not be read, and why.
+    """
+
+    images: tuple[WantedImage, ...] = ()
     pixels: np.ndarray | None = None
     failures: dict[int, str]
 
 
-def assemble(dialogues: Dialogues, plan: Plan) -> Assembled:
-    """Read and tokenise the samples of a plan; its images are only listed."""
-    samples = [dialogues.read(number) for number in plan.members]
-    samples = [
-        _silence(sample) if number in plan.silenced else sample
-        for number, sample in zip(plan.members, samples, strict=True)
-    ]
-    owned = [
-        (number, image)
-        for number, sample in zip(plan.members, samples, strict=True)
-        for image in sample.images
-    ]
-    if plan.image_share is None:
-        owned = []
-    else:
-        index, num_shares = plan.image_share
-        grids = [(span.height, span.width) for sample in samples for span in sample.encoded.image_spans]
-        start, stop = image_shares(grids, num_shares)[index]
-        owned = owned[start:stop]
-    return Assembled(
-        encoded=tuple(sample.encoded for sample in samples),
-        keys=tuple(sample.key for sample in samples),
-        images=tuple(image for _, image in owned),
-        owners=tuple(number for number, _ in owned),
-        failures={},
-    )
+@dataclass(frozen=True, kw_only=True)
+class ReadTask:
+    """Read and tokenise samples; those in `lost` (number: why) are not touched and come out blank."""
+
+    members: tuple[int, ...]
+    lost: Mapping[int, str] = field(default_factory=dict)
+
+    def without(self, number: int, why: str) -> "ReadTask":
+        """The same task without a sample that cannot be read."""
+        return replace(self, lost={**self.lost, number: why})
+
+    def run(self, tools: Tools, at: Progress) -> Texts:
+        samples = []
+        for number in self.members:
+            at(number)
+            lost = number in self.lost
+            samples.append(blank(tools.dialogues, number) if lost else tools.dialogues.read(number))
+        return Texts(samples=tuple(samples), failures=dict(self.lost))
 
 
-def _silence(sample: DialogueSample) -> DialogueSample:
-    """The same number of tokens, none learned, none visual."""
-    encoded = replace(sample.encoded, labels_L=np.full_like(sample.encoded.labels_L, IGNORE), image_spans=())
-    return DialogueSample(sample.key, encoded, ())
+@dataclass(frozen=True, kw_only=True)
+class ImageTask:
+    """Read images, and decode them where the tools can; `owners` are the samples that they belong to."""
+
+    images: tuple[WantedImage, ...]
+    owners: tuple[int, ...]
+    lost: Mapping[int, str] = field(default_factory=dict)
+
+    def without(self, number: int, why: str) -> "ImageTask":
+        """The same task without the images of a sample that cannot be read."""
+        kept = [(i, o) for i, o in zip(self.images, self.owners, strict=True) if o != number]
+        images, owners = tuple(i for i, _ in kept), tuple(o for _, o in kept)
+        return ImageTask(images=images, owners=owners, lost={**self.lost, number: why})
+
+    def run(self, tools: Tools, at: Progress) -> Pictures:
+        make_pixels = tools.make_pixels
+        return self._read(at) if make_pixels is None else self._decode(make_pixels, at)
+
+    def _decode(self, make_pixels: PixelMaker, at: Progress) -> Pictures:
+        # One by one, so that a hang has a name; the empty call gives the shape where there is no image.
+        parts, failures = [make_pixels([])[0]], dict(self.lost)
+        for image, owner in zip(self.images, self.owners, strict=True):
+            at(owner)
+            pixels, failed = make_pixels([image])
+            parts.append(pixels)
+            for why in failed.values():
+                failures.setdefault(owner, why)
+        return Pictures(pixels=torch.cat(parts).numpy(), failures=failures)
+
+    def _read(self, at: Progress) -> Pictures:
+        loaded, failures = [], dict(self.lost)
+        for image, owner in zip(self.images, self.owners, strict=True):
+            at(owner)
+            try:
+                data = read_image_bytes(image.source)
+            except DataError as error:
+                failures.setdefault(owner, str(error))
+                data = b""
+            loaded.append(replace(image, source=LoadedImage(str(image.source), data)))
+        return Pictures(images=tuple(loaded), failures=failures)
 
 
-def with_pixels(assembled: Assembled, make_pixels: PixelMaker) -> Assembled:
-    """Decode and process the images; those that fail are grey, and their samples are failures."""
-    pixels, failures = make_pixels(assembled.images)
-    return _answer(assembled, failures, pixels=pixels.numpy())
+Task = ReadTask | ImageTask
 
 
-def with_bytes(assembled: Assembled) -> Assembled:
-    """Read the images' encoded bytes, for decoding elsewhere."""
-    loaded, failures = [], {}
-    for position, image in enumerate(assembled.images):
-        try:
-            data = read_image_bytes(image.source)
-        except DataError as error:
-            failures[position] = str(error)
-            data = b""
-        loaded.append(replace(image, source=LoadedImage(str(image.source), data)))
-    return _answer(assembled, failures, images=tuple(loaded))
+def blank(dialogues: Dialogues, number: int) -> DialogueSample:
+    """A sample in its place and of its length, without anything to learn or to see."""
+    tokens_L = np.full(int(dialogues.lengths[number]), dialogues.pad_id, dtype=np.int32)
+    encoded = EncodedSample(token_ids_L=tokens_L, labels_L=np.full_like(tokens_L, IGNORE), image_spans=())
+    return DialogueSample(dialogues.key(number), encoded, ())
 
 
-def _answer(assembled: Assembled, failures: dict[int, str], **changes: object) -> Assembled:
-    of_samples = dict(assembled.failures)
-    for position, reason in failures.items():
-        of_samples.setdefault(assembled.owners[position], reason)
-    return replace(assembled, failures=of_samples, **changes)  # type: ignore[arg-type]
+def decode_here(pictures: Pictures, owners: Sequence[int], make_pixels: PixelMaker) -> Pictures:
+    """Pictures whose bytes a worker has read, decoded all at once; not when some could not even be read."""
+    if pictures.pixels is not None or pictures.failures:
+        return pictures
+    pixels, failed = make_pixels(pictures.images)
+    failures: dict[int, str] = {}
+    for position, why in failed.items():
+        failures.setdefault(owners[position], why)
+    return Pictures(pixels=pixels.numpy(), failures=failures)

@@ -49,6 +49,7 @@ class Dialogues(Sequence[Sample]):
             raise DataError(f"overlong={overlong!r}; use 'error' or 'drop'")
         self.indexes = list(indexes)
         self._tokenizer = tokenizer
+        self.pad_id = tokenizer.special.pad
         self._processor = image_processor
         self._system_prompt = system_prompt
         self.num_dropped = 0

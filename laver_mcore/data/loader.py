@@ -1,7 +1,7 @@
 """The dialogue data of a training run, step by step, in an order that is a pure function of (seed, step).
 
-    sources.py -> index.py -> dialogues.py -> order.py -> assemble.py -> image_backend.py -> batch.py
-    records       measured    numbered        rows        tokens         pixels              Batch
+    sources.py -> index.py -> dialogues.py -> order.py -> steps.py -> assemble.py -> image_backend.py -> batch.py
+    records       measured    numbered        rows        tasks       tokens         pixels              Batch
 
 A step takes global_batch_size consecutive rows whatever the layout, so `start_step` is all the state that a
 resume needs, even one with other data-parallel or micro-batch sizes, or another number of workers.
@@ -9,17 +9,18 @@ resume needs, even one with other data-parallel or micro-batch sizes, or another
 
 import hashlib
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
-from laver_mcore.data.assemble import Assembled
+from laver_mcore.data.ahead import Ahead, StepMaker
+from laver_mcore.data.assemble import Tools
 from laver_mcore.data.batch import Batch
 from laver_mcore.data.cost import PackingCost
 from laver_mcore.data.dialogues import Dialogues
 from laver_mcore.data.errors import DataError
+from laver_mcore.data.exchange import Alone, Exchange
 from laver_mcore.data.finevision import RatingFilter
 from laver_mcore.data.image_backend import make_backend
 from laver_mcore.data.images import ImageProcessor
@@ -28,14 +29,9 @@ from laver_mcore.data.order import RowOrder
 from laver_mcore.data.prompt import DEFAULT_SYSTEM_PROMPT
 from laver_mcore.data.quarantine import Quarantine
 from laver_mcore.data.sources import open_source
-from laver_mcore.data.steps import StepLayout, StepMaker
+from laver_mcore.data.steps import StepLayout, StepPlan
 from laver_mcore.data.tokenizer import Tokenizer
-from laver_mcore.data.workers import WorkerPool, WorkerTask
-
-Agreement = Callable[[frozenset[int]], tuple[frozenset[int], bool]]
-"""Samples silenced here -> those silenced on any rank with the same batches, and whether all agreed."""
-
-_Step = tuple[list[Batch], frozenset[int]]
+from laver_mcore.data.workers import Inline, Runner, WorkerPool, WorkerTask
 
 
 class DialogueData:
@@ -68,6 +64,7 @@ class DialogueData:
         image_backend: str = "pillow",
         image_cache_mib: int = 256,
         num_workers: int = 0,
+        worker_timeout: float = 30.0,
         decode_threads: int = 2,
         max_bad_fraction: float = 0.1,
         quarantine: Path | None = None,
@@ -105,22 +102,15 @@ class DialogueData:
             if cost is None
             else cost.documents(self.lengths, self.samples.visual, self.samples.visual_squares),
         )
-        maker = None
+        self._make_pixels = None
         if image_processor is not None:
-            maker = make_backend(
+            self._make_pixels = make_backend(
                 image_backend, image_processor, num_threads=decode_threads, image_cache_mib=image_cache_mib
             )
         self._task = WorkerTask(
             dialogues=self.samples, image_processor=image_processor, decode=image_backend == "pillow"
         )
-        self._steps = StepMaker(
-            self.samples,
-            self._order,
-            maker,
-            quarantined,
-            seq_length=seq_length,
-            pad_id=tokenizer.special.pad,
-        )
+        self._quarantine, self._seq_length, self._worker_timeout = quarantined, seq_length, worker_timeout
         self._waits: list[float] = []
         settings = (seed, seq_length, system_prompt, overlong, packing_window, tuple(weights or ()), cost)
         self._fingerprint = repr((settings, image_backend, len(self.samples), tokenizer.fingerprint()))
@@ -139,7 +129,7 @@ class DialogueData:
 
     def step_rows(self, step: int, **layout: Any) -> list[list[list[int]]]:
         """The rows of a step as [data-parallel rank][micro-batch][row]; `layout` as in `step_batches`."""
-        return self._steps.rows(step, StepLayout(**layout))
+        return self._plan(StepLayout(**layout)).rows(step)
 
     def step_batches(self, step: int, **layout: Any) -> list[Batch]:
         """The micro-batches of one data-parallel rank at `step`, counted from 0.
@@ -149,8 +139,10 @@ class DialogueData:
         `image_share` = (i, n) decodes the i-th of n shares of each
         micro-batch's images (`image_shares`); None decodes none.
         """
-        wanted = StepLayout(**layout)
-        return self._steps.make(self._steps.plans(step, wanted), wanted)[0]
+        maker = self._maker(StepLayout(**layout), self._inline(), Alone())
+        reading: Future[Any] = Future()
+        reading.set_result(maker.read(step, range(0)))
+        return maker.make(step, reading)
 
     def iterate(
         self,
@@ -158,30 +150,42 @@ class DialogueData:
         end_step: int,
         *,
         prefetch_steps: int = 2,
-        agree: Agreement | None = None,
+        exchange: Exchange | None = None,
         **layout: Any,
     ) -> Generator[list[Batch], None, None]:
-        """Yield `step_batches` for steps [start_step, end_step), prepared `prefetch_steps` ahead in a thread.
+        """Yield `step_batches` for steps [start_step, end_step), prepared `prefetch_steps` ahead in two threads.
 
-        An error in the thread is raised at the step that it belongs to. Closing the generator, or leaving the
-        loop over it, ends the thread and the worker processes. `agree` is asked in the caller's thread, once
-        a step or more, on every rank alike; with it, ranks that hold the same batches silence the same
-        samples.
+        An error in a thread is raised at the step that it belongs to. Closing the generator, or leaving the
+        loop over it, ends the threads and the worker processes. With an `exchange` (`exchange.connect`) one rank
+        of a model replica reads for all of it, a sample that fails on one rank is blank on all, and what stops one
+        rank stops all at the same step.
         """
-        ahead = _Ahead(self, StepLayout(**layout), end_step, prefetch_steps)
+        plan = StepLayout(**layout)
+        plan.check()  # before any process starts
+        runner: Runner = self._inline()
+        if self._num_workers:
+            runner = WorkerPool(self._task, self._num_workers, self._worker_timeout)
+        ahead = Ahead(self._maker(plan, runner, exchange or Alone()), end_step, prefetch_steps)
         try:
             for step in range(start_step, end_step):
                 started = time.perf_counter()
-                batches, silenced = ahead.get(step)
-                while agree is not None:
-                    silenced, settled = agree(silenced)
-                    if settled:
-                        break
-                    batches, silenced = ahead.again(step, silenced)
+                batches = ahead.get(step)
                 self._waits.append(time.perf_counter() - started)
                 yield batches
         finally:
             ahead.close()
+
+    def _plan(self, layout: StepLayout) -> StepPlan:
+        pixels = self._make_pixels is not None
+        return StepPlan(self.samples, self._order, layout, seq_length=self._seq_length, pixels=pixels)
+
+    def _inline(self) -> Runner:
+        make_pixels = self._make_pixels if self._task.decode else None
+        return Inline(Tools(dialogues=self.samples, make_pixels=make_pixels))
+
+    def _maker(self, layout: StepLayout, runner: Runner, exchange: Exchange) -> StepMaker:
+        plan = self._plan(layout)
+        return StepMaker(plan, runner, exchange, self._make_pixels, self.samples, self._quarantine)
 
     def take_wait_ms(self) -> float:
         """Mean milliseconds that a step's batches were waited for since this was asked last.
@@ -201,53 +205,3 @@ class DialogueData:
             digest.update(source.fingerprint().encode())
         digest.update(repr(self._image_processor and self._image_processor.fingerprint()).encode())
         return digest.hexdigest()
-
-    def prepare(self, step: int, layout: StepLayout, pool: WorkerPool | None, submitted: Any) -> _Step:
-        """The batches of a step and the samples silenced in it.
-
-        `submitted` are the workers' answers, if any.
-        """
-        return self._steps.make(self._steps.plans(step, layout), layout, pool=pool, submitted=submitted)
-
-
-class _Ahead:
-    """Prepares steps ahead of the one that is asked for: one thread, and behind it the worker processes."""
-
-    def __init__(self, data: DialogueData, layout: StepLayout, end_step: int, num_steps: int) -> None:
-        self._data, self._layout, self._end, self._num_steps = data, layout, end_step, num_steps
-        layout.check()  # refuses sizes that do not divide, before any process starts
-        workers = data._num_workers
-        self._pool = WorkerPool(data._task, workers) if workers else None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="laver-data")
-        self._pending: deque[Future[_Step]] = deque()
-        self._next: int | None = None
-        self._submitted: dict[int, list[Future[Assembled]]] = {}
-
-    def get(self, step: int) -> _Step:
-        """The batches of `step`; steps are asked for in order."""
-        first = step if self._next is None else self._next
-        for number in range(first, min(step + self._num_steps + 1, self._end)):
-            self._pending.append(self._thread.submit(self._prepare, number))
-            self._next = number + 1
-        return self._pending.popleft().result()
-
-    def again(self, step: int, silenced: frozenset[int]) -> _Step:
-        """The batches of `step` with these samples silenced from the start."""
-        return self._thread.submit(self._remake, step, silenced).result()
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _prepare(self, step: int) -> _Step:
-        if self._pool is not None:
-            for number in range(step, min(step + self._num_steps + 1, self._end)):
-                if number not in self._submitted:
-                    plans = self._data._steps.plans(number, self._layout)
-                    self._submitted[number] = [self._pool.submit(plan) for plan in plans]
-        return self._data.prepare(step, self._layout, self._pool, self._submitted.pop(step, None))
-
-    def _remake(self, step: int, silenced: frozenset[int]) -> _Step:
-        maker = self._data._steps
-        return maker.make(maker.plans(step, self._layout, silenced), self._layout, pool=self._pool)

@@ -21,6 +21,7 @@ class Quarantine:
         self._lock = threading.Lock()
         self._listed: set[str] = set()
         self._num_seen = 0
+        self._last = ""
 
     def __len__(self) -> int:
         return len(self._listed)
@@ -35,14 +36,18 @@ class Quarantine:
         for where, reason in found:
             self._list(where, reason, write)
 
-    def add_failure(self, key: str, reason: str) -> None:
-        """List a sample whose image failed during the run; DataError when they become too many."""
-        self._list(key, reason)
+    def add_failure(self, key: str, reason: str, *, write: bool) -> None:
+        """Count a sample that failed during the run, on whatever rank; the one that found it writes it down."""
+        self._list(key, reason, write)
+        self._last = reason
+
+    def check(self) -> None:
+        """DataError when too many have failed."""
         if len(self) > max(_GRACE, self._max_fraction * self._num_seen):
-            raise DataError(self._too_many(reason, len(self), self._num_seen))
+            raise DataError(self._too_many(self._last, len(self), self._num_seen))
 
     def saw(self, num_samples: int) -> None:
-        """Count samples that were read, good or bad."""
+        """Count samples that the ranks of the run have read, good or bad."""
         with self._lock:
             self._num_seen += num_samples
 
@@ -52,7 +57,7 @@ class Quarantine:
             f"{self._max_fraction}; clean the data with tools/prepare_data.py, or raise it)"
         )
 
-    def _list(self, name: str, reason: str, write: bool = True) -> None:
+    def _list(self, name: str, reason: str, write: bool) -> None:
         with self._lock:
             if name in self._listed:
                 return

@@ -1,25 +1,24 @@
-"""One step's rows -> this rank's micro-batches, samples whose images fail silenced."""
+"""Which samples a step holds and which of them are this rank's; their tokens and pixels -> micro-batches."""
 
-from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-from laver_mcore.data.assemble import Assembled, Plan, assemble, with_pixels
-from laver_mcore.data.balance import assign_rows
+from laver_mcore.data.assemble import ImageTask, Pictures, ReadTask, Texts, blank
+from laver_mcore.data.balance import assign_rows, image_shares
 from laver_mcore.data.batch import Batch, collate
 from laver_mcore.data.dialogues import Dialogues
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.image_backend import PixelMaker
 from laver_mcore.data.order import RowOrder
-from laver_mcore.data.quarantine import Quarantine
-from laver_mcore.data.workers import WorkerPool
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepLayout:
-    """Which rows of a step are this rank's, and which of their images it decodes."""
+    """Which rows of a step are this rank's, and which of their images it decodes.
+
+    `image_share` = (i, n): the i-th of n shares of each micro-batch's images; None: none.
+    """
 
     global_batch_size: int
     micro_batch_size: int
@@ -37,88 +36,70 @@ class StepLayout:
             )
 
 
-class StepMaker:
-    """Makes the micro-batches of any step; what it returns depends on the step and the layout alone."""
+class StepPlan:
+    """What is to be done for any step; depends on the step and the layout alone."""
 
     def __init__(
-        self,
-        dialogues: Dialogues,
-        order: RowOrder,
-        make_pixels: PixelMaker | None,
-        quarantine: Quarantine,
-        *,
-        seq_length: int,
-        pad_id: int,
+        self, dialogues: Dialogues, order: RowOrder, layout: StepLayout, *, seq_length: int, pixels: bool
     ) -> None:
-        self._dialogues, self._order, self._make_pixels = dialogues, order, make_pixels
-        self._quarantine = quarantine
-        self._seq_length, self._pad_id = seq_length, pad_id
+        layout.check()  # before any process starts
+        self._dialogues, self._order, self._layout = dialogues, order, layout
+        self._seq_length = seq_length
+        self.decodes = pixels and layout.image_share is not None
 
-    def rows(self, step: int, layout: StepLayout) -> list[list[list[int]]]:
+    def rows(self, step: int) -> list[list[list[int]]]:
         """The rows of a step as [data-parallel rank][micro-batch][row], even in cost."""
-        layout.check()
-        first = step * layout.global_batch_size
-        costs = [self._order.row_cost(first + row) for row in range(layout.global_batch_size)]
+        layout, all_rows = self._layout, self._rows(step)
+        costs = [self._order.row_cost(row) for row in all_rows]
         assigned = assign_rows(costs, dp_size=layout.dp_size, micro_batch_size=layout.micro_batch_size)
-        return [[[first + row for row in rows] for rows in of_rank] for of_rank in assigned]
+        return [[[all_rows[row] for row in rows] for rows in of_rank] for of_rank in assigned]
 
-    def plans(self, step: int, layout: StepLayout, silenced: frozenset[int] = frozenset()) -> list[Plan]:
-        """One plan a micro-batch."""
-        share = layout.image_share if self._make_pixels is not None else None
-        plans = []
-        for rows in self.rows(step, layout)[layout.dp_rank]:
-            members = tuple(number for row in rows for number in self._order.row(row))
-            plans.append(Plan(members=members, image_share=share, silenced=silenced.intersection(members)))
-        return plans
+    def num_samples(self, step: int) -> int:
+        """Of all ranks."""
+        return sum(len(self._order.row(row)) for row in self._rows(step))
 
-    def make(
-        self,
-        plans: Sequence[Plan],
-        layout: StepLayout,
-        *,
-        pool: WorkerPool | None = None,
-        submitted: "Sequence[Future[Assembled]] | None" = None,
-    ) -> tuple[list[Batch], frozenset[int]]:
-        """The micro-batches of `plans`, and the samples that are silenced in them.
-
-        An image that fails silences its sample: the micro-batch is made again without it. `submitted` are
-        answers that workers of `pool` are preparing.
-        """
-        parts = [
-            self._finish(plan, submitted[number].result() if submitted else self._assemble(plan, pool))
-            for number, plan in enumerate(plans)
+    def reads(self, step: int) -> list[ReadTask]:
+        """One task for each of this rank's micro-batches."""
+        return [
+            ReadTask(members=tuple(number for row in rows for number in self._order.row(row)))
+            for rows in self.rows(step)[self._layout.dp_rank]
         ]
-        plans = list(plans)
-        while failures := {number: why for part in parts for number, why in part.failures.items()}:
-            for number, why in failures.items():
-                self._quarantine.add_failure(self._dialogues.key(number), why)
-            for position, plan in enumerate(plans):
-                failed = failures.keys() & set(plan.members)
-                if failed:
-                    plans[position] = plan = replace(plan, silenced=plan.silenced | failed)
-                    parts[position] = self._finish(plan, self._assemble(plan, pool))
-        self._quarantine.saw(sum(len(plan.members) for plan in plans))
-        batches = [self._collate(part, layout) for part in parts]
-        return batches, frozenset().union(*(plan.silenced for plan in plans))
 
-    def _assemble(self, plan: Plan, pool: WorkerPool | None) -> Assembled:
-        return assemble(self._dialogues, plan) if pool is None else pool.submit(plan).result()
+    def images(self, read: ReadTask, texts: Texts) -> ImageTask:
+        """This rank's share of a micro-batch's images; none where the layout says none."""
+        owned = [
+            (image, number)
+            for number, sample in zip(read.members, texts.samples, strict=True)
+            for image in sample.images
+        ]
+        start = stop = 0
+        if self.decodes:
+            assert self._layout.image_share is not None
+            index, num_shares = self._layout.image_share
+            spans = [span for sample in texts.samples for span in sample.encoded.image_spans]
+            start, stop = image_shares([(span.height, span.width) for span in spans], num_shares)[index]
+        owned = owned[start:stop]
+        return ImageTask(images=tuple(i for i, _ in owned), owners=tuple(number for _, number in owned))
 
-    def _finish(self, plan: Plan, part: Assembled) -> Assembled:
-        """Pixels, where a worker has not made them already.
+    def silence(self, read: ReadTask, texts: Texts, failed: frozenset[int]) -> Texts:
+        """The micro-batch with these samples blank, in their places."""
+        samples = [
+            blank(self._dialogues, number) if number in failed else sample
+            for number, sample in zip(read.members, texts.samples, strict=True)
+        ]
+        return replace(texts, samples=tuple(samples), failures={})
 
-        Images whose bytes failed stay out of the decoder.
-        """
-        if plan.image_share is None or part.pixels is not None or part.failures:
-            return part
-        assert self._make_pixels is not None
-        return with_pixels(part, self._make_pixels)
-
-    def _collate(self, part: Assembled, layout: StepLayout) -> Batch:
+    def collate(self, texts: Texts, pictures: Pictures | None) -> Batch:
+        """The micro-batch; `pictures` hold pixels, or there are none."""
+        pixels: np.ndarray | None = None if pictures is None else pictures.pixels
         return collate(
-            part.encoded,
-            part.keys,
-            total_length=layout.micro_batch_size * self._seq_length,
-            pad_id=self._pad_id,
-            pixels=None if part.pixels is None else torch.from_numpy(part.pixels),
+            [sample.encoded for sample in texts.samples],
+            [sample.key for sample in texts.samples],
+            total_length=self._layout.micro_batch_size * self._seq_length,
+            pad_id=self._dialogues.pad_id,
+            pixels=None if pixels is None else torch.from_numpy(pixels),
         )
+
+    def _rows(self, step: int) -> range:
+        first = step * self._layout.global_batch_size
+        return range(first, first + self._layout.global_batch_size)

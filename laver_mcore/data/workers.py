@@ -1,10 +1,11 @@
-"""Worker processes that read, tokenise and (on Pillow) decode: spawned, replaced when they die.
+"""Worker processes that read, tokenise and (on Pillow) decode: spawned, replaced when they die or hang.
 
-    parent: WorkerPool.submit(plan) -> Future        one thread a worker waits for its answer, or for its
-    death child:  _serve: plan -> assemble -> pixels or bytes -> pipe
+    parent: WorkerPool.submit(task) -> Future    one thread a worker waits for its answer, its death, or its deadline
+    child:  _serve: task -> "at sample 7", "at sample 9", ... , answer -> pipe
 
-A worker that is killed is started again and given the same plan, for a plan's answer is a pure function; one
-that fails again and again, or does not answer, stops the run with an error. A worker whose parent is gone
+A worker that dies, or says nothing for `timeout` seconds, is killed and a new one is given the same task, for its
+answer is a pure function. A sample at which that happens twice is lost: it is named in the answer's failures, and the
+task is done without it. A worker that cannot even start stops the run with an error. A worker whose parent is gone
 ends at the next thing that it reads or writes.
 """
 
@@ -15,14 +16,15 @@ import pickle
 import queue
 import signal
 import threading
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from laver_mcore.data.assemble import Assembled, Plan, assemble, with_bytes, with_pixels
+from laver_mcore.data.assemble import Task, Tools
 from laver_mcore.data.dialogues import Dialogues
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.image_backend import make_backend
@@ -30,9 +32,42 @@ from laver_mcore.data.images import ImageProcessor
 
 logger = logging.getLogger(__name__)
 
-MAX_DEATHS = 3  # of one worker, in a row
-ANSWER_SECONDS = 600.0  # a plan's answer takes well under a minute, a cold network disk included
+MAX_DEATHS = 3  # of one worker in a row, before it has touched a sample
+TRIES = 2  # of a sample
+START_SECONDS = 300.0  # imports from a cold network disk
 CLOSE_SECONDS = 5.0
+
+
+class Runner(Protocol):
+    """Does tasks, here or elsewhere; `concurrent`: while the caller does something else."""
+
+    concurrent: bool
+
+    def submit(self, task: Task) -> "Future[Any]":
+        """`Texts` or `Pictures`, in time."""
+
+    def close(self) -> None:
+        """End everything; what is not done is cancelled."""
+
+
+class Inline:
+    """Does a task at once, in the thread that submits it."""
+
+    concurrent = False
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+
+    def submit(self, task: Task) -> "Future[Any]":
+        future: Future[Any] = Future()
+        try:
+            future.set_result(task.run(self._tools, lambda number: None))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +87,17 @@ def _serve(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     torch.set_num_threads(1)
     try:
-        task: WorkerTask = pickle.loads(connection.recv_bytes())
+        given: WorkerTask = pickle.loads(connection.recv_bytes())
         maker = None
-        if task.decode and task.image_processor is not None:
-            maker = make_backend("pillow", task.image_processor, image_cache_mib=task.image_cache_mib)
+        if given.decode and given.image_processor is not None:
+            maker = make_backend("pillow", given.image_processor, image_cache_mib=given.image_cache_mib)
+        tools = Tools(dialogues=given.dialogues, make_pixels=maker)
+        connection.send_bytes(pickle.dumps(None))  # ready
         while True:
-            plan: Plan = pickle.loads(connection.recv_bytes())
-            answer: Assembled | Exception
+            task: Task = pickle.loads(connection.recv_bytes())
+            answer: Any
             try:
-                answer = assemble(task.dialogues, plan)
-                if plan.image_share is not None and task.image_processor is not None:
-                    answer = with_bytes(answer) if maker is None else with_pixels(answer, maker)
+                answer = task.run(tools, lambda number: connection.send_bytes(pickle.dumps(int(number))))
             except Exception as error:
                 answer = error if isinstance(error, DataError) else RuntimeError(repr(error))
             connection.send_bytes(pickle.dumps(answer, protocol=5))
@@ -70,8 +105,12 @@ def _serve(connection: Connection) -> None:
         return  # the parent has closed the pipe, or is gone
 
 
-class _Dead(Exception):
-    """The worker ended, or did not answer, before its answer."""
+class _LostWorker(Exception):
+    """The worker ended, or said nothing for too long; `sample` is where, None if it had not begun with one."""
+
+    def __init__(self, reason: str, sample: int | None) -> None:
+        super().__init__(reason)
+        self.sample = sample
 
 
 class _Worker:
@@ -85,44 +124,53 @@ class _Worker:
         )
         self.process.start()
         theirs.close()
-        self._exchange_started = False
+        self._ready = False
         self._payload = payload
 
-    def ask(self, plan: Plan) -> Any:
-        """The answer to one plan; raises _Dead."""
+    def ask(self, task: Task, timeout: float) -> Any:
+        """The answer to one task; raises _LostWorker."""
+        sample: int | None = None
         try:
-            if not self._exchange_started:
+            if not self._ready:
                 self._pipe.send_bytes(self._payload)
-                self._exchange_started = True
-            self._pipe.send_bytes(pickle.dumps(plan))
-            ready = wait([self._pipe, self.process.sentinel], timeout=ANSWER_SECONDS)
-            if self._pipe in ready or self._pipe.poll():
-                return pickle.loads(self._pipe.recv_bytes())
+                self._next(max(START_SECONDS, timeout), None)
+                self._ready = True
+            self._pipe.send_bytes(pickle.dumps(task))
+            while isinstance(answer := self._next(timeout, sample), int):
+                sample = answer
+            return answer
         except (EOFError, OSError, pickle.UnpicklingError):
-            ready = [self.process.sentinel]
-        if not ready:
-            raise _Dead(f"did not answer within {ANSWER_SECONDS:.0f} s")
-        self.process.join(CLOSE_SECONDS)
-        raise _Dead(f"ended with exit code {self.process.exitcode}")
+            self.process.join(CLOSE_SECONDS)
+            raise _LostWorker(f"ended with exit code {self.process.exitcode}", sample) from None
 
-    def close(self) -> None:
+    def _next(self, timeout: float, sample: int | None) -> Any:
+        ready = wait([self._pipe, self.process.sentinel], timeout=timeout)
+        if not ready:
+            raise _LostWorker(f"said nothing for {timeout:.0f} s", sample)
+        return pickle.loads(self._pipe.recv_bytes())  # EOFError where it has died in silence
+
+    def close(self, politely: bool = True) -> None:
         """End the process: politely, then not."""
         self._pipe.close()
-        self.process.join(CLOSE_SECONDS if self._exchange_started else 0.0)
+        self.process.join(CLOSE_SECONDS if politely and self._ready else 0.0)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
 
 
 class WorkerPool:
-    """`num_workers` processes; close it, or leave a `with` block, and none is left."""
+    """`num_workers` processes; close it, or leave a `with` block, and none is left.
 
-    def __init__(self, task: WorkerTask, num_workers: int) -> None:
-        payload = pickle.dumps(task)
-        self._plans: queue.SimpleQueue[tuple[Plan, Future[Assembled]] | None] = queue.SimpleQueue()
-        self._closing = threading.Event()
-        self._workers = [_Worker(payload) for _ in range(num_workers)]
-        self._payload = payload
+    `timeout` is how many seconds a worker may be silent over one sample.
+    """
+
+    concurrent = True
+
+    def __init__(self, task: WorkerTask, num_workers: int, timeout: float = 30.0) -> None:
+        self._payload, self._timeout = pickle.dumps(task), timeout
+        self._tasks: queue.SimpleQueue[tuple[Task, Future[Any]] | None] = queue.SimpleQueue()
+        self._closing, self._lock = threading.Event(), threading.Lock()
+        self._workers = [_Worker(self._payload) for _ in range(num_workers)]
         self._threads = [
             threading.Thread(
                 target=self._run, args=(number,), name=f"laver-data-worker-{number}", daemon=True
@@ -137,20 +185,25 @@ class WorkerPool:
         """Of the workers as they are now."""
         return [worker.process.pid for worker in self._workers]
 
-    def submit(self, plan: Plan) -> "Future[Assembled]":
-        """Have a plan assembled by whichever worker is free first."""
-        future: Future[Assembled] = Future()
-        self._plans.put((plan, future))
+    def submit(self, task: Task) -> "Future[Any]":
+        """Have a task done by whichever worker is free first."""
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._closing.is_set():
+                future.cancel()
+            else:
+                self._tasks.put((task, future))
         return future
 
     def close(self) -> None:
-        """End all workers, whatever they are doing; plans without an answer are cancelled."""
-        self._closing.set()
-        for _ in self._threads:
-            self._plans.put(None)
+        """End all workers, whatever they are doing; tasks without an answer are cancelled."""
+        with self._lock:  # no task comes behind the end
+            self._closing.set()
+            for _ in self._threads:
+                self._tasks.put(None)
         for worker in self._workers:
             if worker.process.is_alive() and worker.process.pid is not None:
-                os.kill(worker.process.pid, signal.SIGTERM)
+                os.kill(worker.process.pid, signal.SIGKILL)  # a stopped one would not hear anything else
         for thread in self._threads:
             thread.join()
         for worker in self._workers:
@@ -163,13 +216,13 @@ class WorkerPool:
         self.close()
 
     def _run(self, number: int) -> None:
-        while (item := self._plans.get()) is not None:
-            plan, future = item
+        while (item := self._tasks.get()) is not None:
+            task, future = item
             if self._closing.is_set() or not future.set_running_or_notify_cancel():
                 future.cancel()
                 continue
             try:
-                answer = self._answer(number, plan)
+                answer = self._answer(number, task)
             except Exception as error:
                 answer = error
             if isinstance(answer, Exception):
@@ -177,19 +230,23 @@ class WorkerPool:
             else:
                 future.set_result(answer)
 
-    def _answer(self, number: int, plan: Plan) -> Any:
-        for death in range(1, MAX_DEATHS + 1):
+    def _answer(self, number: int, task: Task) -> Any:
+        failed: Counter[int | None] = Counter()
+        while True:
             try:
-                return self._workers[number].ask(plan)
-            except _Dead as error:
+                return self._workers[number].ask(task, self._timeout)
+            except _LostWorker as error:
                 if self._closing.is_set():
                     raise DataError("the data workers were closed") from None
-                logger.warning("data worker %d %s; starting it again (%d)", number, error, death)
-                self._workers[number].process.kill()
-                self._workers[number].close()
-                self._workers[number] = _Worker(self._payload)
-                reason = str(error)
-        raise DataError(
-            f"data worker {number} {reason}, {MAX_DEATHS} times in a row; look for the kernel's "
-            "out-of-memory killer, or lower num_workers"
-        )
+                reason, sample = str(error), error.sample
+            failed[sample] += 1
+            logger.warning("data worker %d %s; starting it again (%d)", number, reason, failed[sample])
+            self._workers[number].close(politely=False)
+            self._workers[number] = _Worker(self._payload)
+            if sample is None and failed[sample] == MAX_DEATHS:
+                raise DataError(
+                    f"data worker {number} {reason}, {MAX_DEATHS} times in a row; look for the kernel's "
+                    "out-of-memory killer, or lower num_workers"
+                )
+            if sample is not None and failed[sample] == TRIES:
+                task = task.without(sample, f"a data worker {reason} over it, {TRIES} times")

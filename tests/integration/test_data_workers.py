@@ -1,6 +1,8 @@
 """Worker processes: the same batches, survival of a kill, and nothing left behind."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 from sample_run import write_sample_data
 
 from laver_mcore.data import workers
-from laver_mcore.data.assemble import Plan
+from laver_mcore.data.assemble import ReadTask
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images import PatchImageProcessor
 from laver_mcore.data.loader import DialogueData
@@ -79,24 +82,97 @@ def test_a_worker_that_keeps_dying_is_reported(dataset, tokenizer, monkeypatch):
     monkeypatch.setattr(workers, "MAX_DEATHS", 2)
     data = build(dataset, tokenizer)
     with WorkerPool(data._task, 1) as pool:
-        plan = Plan(members=(0, 1), image_share=None)
-        assert len(pool.submit(plan).result(30).keys) == 2
+        task = ReadTask(members=(0, 1))
+        assert len(pool.submit(task).result(300).samples) == 2
         original = workers._Worker.ask
 
-        def ask(self, plan):
+        def ask(self, task, timeout):
             self.process.kill()
-            return original(self, plan)
+            return original(self, task, timeout)
 
         monkeypatch.setattr(workers._Worker, "ask", ask)
         with pytest.raises(DataError, match=r"data worker 0 ended with exit code -9, 2 times in a row"):
-            pool.submit(plan).result(60)
+            pool.submit(task).result(60)
     assert not children()
 
 
 def test_errors_in_a_worker_arrive_as_they_are(dataset, tokenizer):
     data = build(dataset, tokenizer)
     with WorkerPool(data._task, 1) as pool, pytest.raises(RuntimeError, match="IndexError"):
-        pool.submit(Plan(members=(10**6,), image_share=None)).result(30)
+        pool.submit(ReadTask(members=(10**6,))).result(300)
+
+
+class _Stuck(PatchImageProcessor):
+    """Hangs over a black picture."""
+
+    def __call__(self, images):
+        for image in images:
+            if max(high for _, high in image.getextrema()) == 0:
+                time.sleep(3600)
+        return super().__call__(images)
+
+
+class _Deadly(PatchImageProcessor):
+    """Kills the process that sees a black picture, as a decoder with a memory fault does."""
+
+    def __call__(self, images):
+        if any(max(high for _, high in image.getextrema()) == 0 for image in images):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(images)
+
+
+@pytest.mark.parametrize(("kind", "why"), [(_Stuck, "said nothing for 2 s"), (_Deadly, "exit code -9")])
+def test_a_sample_that_hangs_or_kills_its_worker_is_quarantined(kind, why, dataset, tokenizer, tmp_path):
+    for file in dataset.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    for file in dataset.glob("*.png"):
+        shutil.copy(file, tmp_path)
+    Image.new("RGB", (40, 40)).save(tmp_path / "000_0.png")
+    processor = kind(image_size=16, patch_size=8)
+    data = build(
+        tmp_path,
+        tokenizer,
+        num_workers=1,
+        worker_timeout=2.0,
+        image_processor=processor,
+        quarantine=tmp_path / "quarantine.jsonl",
+    )
+    steps = -(-data.rows_per_epoch(0) // 4)
+    found = [key for batches in data.iterate(0, steps, **SIZES) for b in batches for key, _ in b.image_keys]
+    (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["sample"] == "sample-000"
+    assert why in json.loads(line)["reason"]
+    assert "sample-000" not in found and "sample-001" in found
+    assert not children()
+
+
+def test_a_stopped_worker_is_replaced_within_its_time(dataset, tokenizer, tmp_path):
+    data = build(
+        dataset, tokenizer, num_workers=2, worker_timeout=2.0, quarantine=tmp_path / "quarantine.jsonl"
+    )
+    expected = [data.step_batches(step, **SIZES) for step in range(10)]
+    steps = data.iterate(0, 10, **SIZES)
+    got = [next(steps)]
+    stopped = [process.pid for process in children()]
+    for process in children():
+        process.send_signal(signal.SIGSTOP)
+    got += list(steps)
+    for first, second in zip(expected, got, strict=True):
+        assert all(torch.equal(a.tokens_T, b.tokens_T) for a, b in zip(first, second, strict=True))
+    assert not (tmp_path / "quarantine.jsonl").exists()  # the samples were not to blame
+    assert not children()
+    assert not any(psutil.pid_exists(pid) for pid in stopped)
+
+
+def test_closing_does_not_wait_for_a_stopped_worker(dataset, tokenizer):
+    steps = build(dataset, tokenizer, num_workers=1).iterate(0, 10**6, **SIZES)
+    next(steps)
+    for process in children():
+        process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    steps.close()
+    assert time.monotonic() - started < 20
+    assert not children()
 
 
 SCRIPT = """

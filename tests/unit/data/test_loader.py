@@ -9,12 +9,14 @@ from collections import Counter
 import pytest
 import torch
 
+from laver_mcore.data.ahead import StepMaker
 from laver_mcore.data.batch import Batch, collate
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images import PatchImageProcessor
 from laver_mcore.data.loader import DialogueData
 from laver_mcore.data.prompt import IGNORE, encode_prompt
 from laver_mcore.data.records import Turn
+from laver_mcore.data.steps import StepPlan
 
 PROCESSOR = PatchImageProcessor(image_size=16, patch_size=8)
 SIZES = {"global_batch_size": 8, "micro_batch_size": 2}
@@ -264,14 +266,14 @@ def test_closing_the_iterator_ends_its_thread(data):
 
 
 def test_an_error_is_raised_at_its_step_and_ends_the_thread(data, monkeypatch):
-    original = data.prepare
+    original = StepPlan.reads
 
-    def failing(step, *rest):
+    def failing(self, step):
         if step == 2:
             raise DataError("a.jpg: cannot be decoded")
-        return original(step, *rest)
+        return original(self, step)
 
-    monkeypatch.setattr(data, "prepare", failing)
+    monkeypatch.setattr(StepPlan, "reads", failing)
     steps = data.iterate(0, 5, **SIZES)
     assert len(next(steps)) == len(next(steps)) == 4
     with pytest.raises(DataError, match=r"a\.jpg: cannot be decoded"):
@@ -281,7 +283,7 @@ def test_an_error_is_raised_at_its_step_and_ends_the_thread(data, monkeypatch):
 
 def test_prefetching_stays_two_steps_ahead(data, monkeypatch):
     prepared = []
-    monkeypatch.setattr(data, "prepare", lambda step, *rest: prepared.append(step) or ([], frozenset()))
+    monkeypatch.setattr(StepMaker, "make", lambda self, step, reading: prepared.append(step) or [])
     steps = data.iterate(0, 100, **SIZES)
     next(steps)
     deadline = time.monotonic() + 5
