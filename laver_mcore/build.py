@@ -18,6 +18,7 @@ from laver_mcore.config.schema import Config
 from laver_mcore.convert.decoder import check_weights
 from laver_mcore.convert.safetensors_directory import open_weights
 from laver_mcore.convert.weights import load_hf_weights
+from laver_mcore.data.finevision import RatingFilter
 from laver_mcore.data.images import FixedImageProcessor, ImageProcessor, PatchImageProcessor
 from laver_mcore.data.loader import DialogueData
 from laver_mcore.data.native import native_processor
@@ -59,7 +60,9 @@ def build_image_processor(config: Config) -> ImageProcessor | None:
         return PatchImageProcessor(image_size=vision.image_size, patch_size=vision.patch_size)
     assert vision.vision_path is not None
     if vision.vision in NATIVE:
-        return native_processor(vision.vision, vision.vision_path)
+        return native_processor(
+            vision.vision, vision.vision_path, min_pixels=vision.min_pixels, max_pixels=vision.max_pixels
+        )
     return FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
 
 
@@ -77,9 +80,16 @@ def build_data(config: Config, tokenizer: Tokenizer) -> DialogueData:
         overlong=data.overlong,
         weights=data.data_weights or None,
         packing_window=data.packing_window,
-        cost=training_cost(config),
+        cost=training_cost(config, resolve_vocab_size(config, tokenizer)),
         image_backend=data.image_backend,
+        ratings=RatingFilter(
+            relevance=data.min_relevance,
+            visual_dependency=data.min_visual_dependency,
+            image_correspondence=data.min_image_correspondence,
+            formatting=data.min_formatting,
+        ),
         num_workers=data.num_workers,
+        worker_timeout=data.worker_timeout,
         decode_threads=data.decode_threads,
         max_bad_fraction=data.max_bad_fraction,
         quarantine=Path(config.run.save) / "quarantine.jsonl" if config.run.save else None,

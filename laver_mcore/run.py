@@ -1,6 +1,7 @@
 """A training run from beginning to end: join, validate, build, resume, train, leave."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from laver_mcore.model.parameters import format_trainable
 _MAY_CHANGE = {
     "run": None,
     "parallel": None,
-    "data": {"num_workers", "decode_threads", "max_bad_fraction", "index_folder"},
+    "data": {"num_workers", "worker_timeout", "decode_threads", "max_bad_fraction", "index_folder"},
     "train": {"train_iters", "micro_batch_size", "global_batch_size", "kernels", "transformer_impl"},
 }
 """What a resumed run may change: any key of a section (None), or the named ones."""
@@ -90,6 +91,19 @@ def _resume(engine: Engine, config: Config, fingerprint: str) -> Progress:
     return progress
 
 
+def skip_ahead(progress: Progress, config: Config) -> Progress:
+    """`progress` with the data moved on to step `skip_to`; ConfigError for a step that was trained on already."""
+    skip_to, batch = config.run.skip_to, config.train.global_batch_size
+    if skip_to is None:
+        return progress
+    if skip_to * batch < progress.consumed_rows:
+        raise ConfigError(
+            f"skip_to={skip_to} lies behind step {progress.consumed_rows // batch}, where the run stands; "
+            "leave it out to go on there"
+        )
+    return replace(progress, consumed_rows=skip_to * batch)
+
+
 def _say(message: str, speaks: bool) -> None:
     if speaks:
         print(message, flush=True)
@@ -115,6 +129,7 @@ def train_run(config: Config, device: torch.device) -> Engine:
     topology = parallel.build_topology(config.parallel, device)
     engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer))
     progress = _resume(engine, config, data.fingerprint())
+    progress = skip_ahead(progress, config)
     dist.barrier()  # nobody writes before everybody has looked
     _announce(engine, str(decide(config.train.kernels, device)), len(data.samples), report)
     if config.run.save and topology.rank == 0:

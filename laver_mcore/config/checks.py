@@ -101,6 +101,25 @@ def _check_objective(config: Config) -> None:
     )
 
 
+def _check_data(config: Config) -> None:
+    data, vision, skip_to = config.data, config.vision, config.run.skip_to
+    for name in ("min_relevance", "min_visual_dependency", "min_image_correspondence", "min_formatting"):
+        value = getattr(data, name)
+        _require(value is None or 1 <= value <= 5, f"{name}={value} is no rating; use 1 to 5")
+    _require(data.packing_window >= 1, f"packing_window={data.packing_window} must be at least 1")
+    _require(data.worker_timeout > 0, f"worker_timeout={data.worker_timeout} must be positive (seconds)")
+    _require(skip_to is None or skip_to >= 0, f"skip_to={skip_to} must not be negative; steps count from 0")
+    bounds = (vision.min_pixels, vision.max_pixels)
+    _require(
+        bounds == (None, None) or vision.vision in ("aimv2", "qwen2-vl", "qwen2.5-vl"),
+        f"min_pixels and max_pixels bound images of native resolution; vision={vision.vision} has a fixed one",
+    )
+    _require(
+        vision.min_pixels is None or vision.max_pixels is None or vision.min_pixels <= vision.max_pixels,
+        f"min_pixels={vision.min_pixels} is more than max_pixels={vision.max_pixels}",
+    )
+
+
 def _check_run(config: Config) -> None:
     train, run = config.train, config.run
     for name in ("train_iters", "micro_batch_size", "global_batch_size"):
@@ -138,6 +157,7 @@ def _check_run(config: Config) -> None:
 def check(config: Config) -> None:
     """Raise `ConfigError` for the first combination that cannot run; the world size is checked separately."""
     _check_run(config)
+    _check_data(config)
     _check_objective(config)
     _check_model(config)
     _check_parallel(config)

@@ -63,6 +63,10 @@ class VisionConfig:
     """Side in pixels of the square input, encoder-free path only (a tower's own settings decide otherwise)."""
     patch_size: int = 16
     """Side in pixels of one patch, encoder-free path only."""
+    min_pixels: int | None = None
+    """Native resolution: images of fewer pixels are scaled up; preprocessor_config.json's bound where not given."""
+    max_pixels: int | None = None
+    """Native resolution: images of more pixels are scaled down; preprocessor_config.json's bound where not given."""
     connector_hidden_size: int | None = None
     """Inner width of the connector's MLP; the decoder's width where not given."""
 
@@ -125,6 +129,8 @@ class DataConfig:
     """Who decodes and resizes: pillow is the reference, torch_uint8 the fastest on CPU (see docs/data.md)."""
     num_workers: int = 0
     """Processes that read and tokenise ahead (and decode, with image_backend=pillow); 0 does it in a thread."""
+    worker_timeout: float = 30.0
+    """Seconds a worker process may spend on one sample before it is replaced; twice, and the sample is left out."""
     decode_threads: int = 2
     """Threads of the other image backends."""
     max_bad_fraction: float = 0.1
@@ -137,6 +143,14 @@ class DataConfig:
     """Tokens of one packed row; no dialogue may be longer."""
     overlong: Literal["error", "drop"] = "error"
     """What to do with a dialogue longer than seq_length."""
+    min_relevance: int | None = None
+    """FineVision parquet: questions rated below this (1 to 5) are left out; prepared shards had their own filter."""
+    min_visual_dependency: int | None = None
+    """The same for how much a question needs its image."""
+    min_image_correspondence: int | None = None
+    """The same for how well a question fits its image."""
+    min_formatting: int | None = None
+    """The same for the form of the answer."""
     packing_window: int = 1024
     """Dialogues looked ahead at when rows are packed: more fill better and even out cost, and stray further."""
     system_prompt: str = "You are a helpful assistant."
@@ -229,6 +243,8 @@ class RunConfig:
     """Hugging Face directory of a Qwen2.5 text model: the decoder's shape and starting weights."""
     allow_pickle: bool = False
     """Accept pickled weights in hf_path where it has no safetensors."""
+    skip_to: int | None = None
+    """Step (from 0) from which data is taken, past what lies between; iterations and schedules go on as they were."""
     save_interval: int | None = None
     """Iterations between checkpoints; one is always written at the end."""
     exit_interval: int | None = None

@@ -153,7 +153,8 @@ def processor_config(config: Config) -> dict[str, Any]:
         assert vision.vision_path is not None
         settings = dict(tower=read_json(Path(vision.vision_path) / "preprocessor_config.json"))
         if vision.vision in NATIVE_TOWERS:
-            settings = dict(tower=native_settings_of(vision.vision, vision.vision_path))
+            bounds = dict(min_pixels=vision.min_pixels, max_pixels=vision.max_pixels)
+            settings = dict(tower=native_settings_of(vision.vision, vision.vision_path, **bounds))
     return {
         "image_processor_type": "LaverImageProcessor",
         "processor_class": "LaverProcessor",

@@ -73,13 +73,31 @@ class NativeImageProcessor:
         return f"NativeImageProcessor({self._config})"
 
 
-def native_processor(kind: str, path: str | Path) -> NativeImageProcessor:
+def native_processor(
+    kind: str, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+) -> NativeImageProcessor:
     """The processor of a tower's directory."""
-    return NativeImageProcessor(native_settings_of(kind, path))
+    return NativeImageProcessor(native_settings_of(kind, path, min_pixels=min_pixels, max_pixels=max_pixels))
 
 
-def native_settings_of(kind: str, path: str | Path) -> dict[str, Any]:
-    """Settings of Qwen2-VL's image processor for a tower's directory.
+def native_settings_of(
+    kind: str, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+) -> dict[str, Any]:
+    """Settings of Qwen2-VL's image processor for a tower's directory, with other bounds of an image's area if given."""
+    settings = _settings_of(kind, path)
+    if min_pixels is None and max_pixels is None:
+        return settings
+    bounds = native_settings(
+        pillow_class(NATIVE_PROCESSORS[0]).from_dict({**settings, "do_convert_rgb": True})
+    )
+    low = bounds.min_pixels if min_pixels is None else min_pixels
+    high = bounds.max_pixels if max_pixels is None else max_pixels
+    size = {"shortest_edge": low, "longest_edge": high}  # as published files since Qwen2.5-VL name them
+    return {**settings, "min_pixels": low, "max_pixels": high, "size": size}
+
+
+def _settings_of(kind: str, path: str | Path) -> dict[str, Any]:
+    """Settings of Qwen2-VL's image processor for a tower's directory, as it comes.
 
     Published AIMv2 directories have CLIP's processor, which crops to one size. Their mean and deviation are
     kept, and images go through Qwen2-VL's rules: both sides a multiple of the patch, the area between

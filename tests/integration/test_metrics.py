@@ -37,7 +37,9 @@ def test_parts_make_up_the_step(runs, name):
         times = {part: row[f"time_{part}_ms"] for part in PARTS}
         assert min(times.values()) >= 0
         assert min(times[part] for part in ("teacher", "student", "optimizer", "ema")) > 0
-        assert times["student"] == max(times[part] for part in RANGES)  # starting and writing a trace is `other`
+        assert times["student"] == max(
+            times[part] for part in RANGES
+        )  # starting and writing a trace is `other`
         step = 1000 * row["step_seconds"]
         assert sum(times.values()) == pytest.approx(step, rel=0.01)
 

@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "metrics",
         "schedules",
     ),
-    "training_cost": ("config", "data.cost", "model"),
+    "training_cost": ("accounting", "config", "data.cost"),
     "generate": ("config", "data", "model", "engine", "pipeline"),
     "convert": ("config", "data", "model", "parallel", "engine", "checkpoint", "pipeline"),
     "report": ("report_picture",),

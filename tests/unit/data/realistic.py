@@ -1,38 +1,16 @@
 """Lengths and images as in published instruction sets: text alone, one image, several images, long captions."""
 
+from pathlib import Path
+
 import numpy as np
 
-from laver_mcore.data.cost import PackingCost, TransformerShape, packing_cost
+from laver_mcore.config.load import from_recipe, resolve
+from laver_mcore.training_cost import training_cost
 
+ROOT = Path(__file__).resolve().parents[3]
 IMAGE = 729  # visual tokens: SigLIP 384/14
-
-QWEN_7B = TransformerShape.of(
-    num_layers=28,
-    hidden_size=3584,
-    num_heads=28,
-    num_key_heads=4,
-    head_dim=128,
-    ffn_size=18944,
-    ffn_matrices=3,
-)
-SO400M = TransformerShape.of(
-    num_layers=27,
-    hidden_size=1152,
-    num_heads=16,
-    num_key_heads=16,
-    head_dim=72,
-    ffn_size=4304,
-    ffn_matrices=2,
-)
-STAGE_2: PackingCost = packing_cost(  # LaVer on Qwen2.5-7B with SigLIP2, the tower frozen
-    QWEN_7B,
-    lm_head=3584 * 152064,
-    mixed=True,
-    vision_head=2 * 3584 * 2048 + 2048**2,
-    gram_width=3584,
-    tower=SO400M,
-    tower_trains=False,
-    patches_per_token=1,
+STAGE_2 = training_cost(  # LaVer on Qwen2.5-7B with SigLIP2, the tower frozen
+    resolve(from_recipe(ROOT / "examples/qwen2.5-7b-siglip2/stage2.yaml")), 152064
 )
 
 
