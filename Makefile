@@ -34,10 +34,10 @@ SYSTEM_SITE_PACKAGES ?=
 LINTED := .
 SHELL_SCRIPTS := .ci/run $(wildcard examples/*/*.sh examples/*/*.sbatch)
 
-.PHONY: help setup demo test lint format typecheck shellcheck aot bench gpu-test clean
+.PHONY: help setup demo test lint format typecheck shellcheck aot bench bench-training gpu-test clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMPS)/installed ## the environment in .venv
 	@:
@@ -68,6 +68,9 @@ aot: setup ## compile every kernel for sm_80 and sm_90, without a GPU
 
 bench: setup ## measure the kernels on this machine's GPU
 	@$(BIN)/python kernels/benchmarks/run.py $(BENCH_ARGS)
+
+bench-training: setup ## measure training: LM-only, LaVer, and the released recipe on transformers
+	@$(BIN)/python tools/benchmark_training.py $(BENCH_ARGS)
 
 gpu-test: setup ## the tests that need a GPU
 	@$(BIN)/python -m pytest tests/gpu $(TEST_ARGS)
