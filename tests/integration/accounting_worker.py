@@ -18,13 +18,14 @@ def main(path: str) -> None:
 
     device = parallel.init_distributed(timeout_minutes=2)
     for scenario in json.loads(Path(path).read_text()):
+        if scenario.get("save_like_the_kernels"):
+            save_like_the_kernels()
         found = observe(scenario["argv"], device)
         (Path(path).parent / f"{scenario['name']}.{dist.get_rank()}.json").write_text(json.dumps(found))
     parallel.shut_down()
 
 
 def observe(argv: list[str], device) -> dict:
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from laver_mcore import parallel, schedules
@@ -50,7 +51,7 @@ def observe(argv: list[str], device) -> dict:
     )
     batches = next(steps)
     steps.close()
-    torch.manual_seed(0)
+    saved = SavedBytes(engine)
     with FlopCounterMode(display=False) as counter:
         result = train_step(engine, batches, schedules.at(config, config.train.train_iters - 1))
     flops: dict[str, int] = {}
@@ -70,7 +71,59 @@ def observe(argv: list[str], device) -> dict:
             for item in named_parameters(engine.chunks, topology)
         ],
         bytes=tensor_bytes(engine),
+        saved=saved.bytes,
     )
+
+
+class SavedBytes:
+    """Bytes that the decoder layers of this rank save for the backward of its first micro-batch."""
+
+    def __init__(self, engine) -> None:
+        self.bytes = 0
+        parameters = {p.untyped_storage().data_ptr() for chunk in engine.chunks for p in chunk.parameters()}
+        for chunk in engine.chunks:
+            chunk.decoder.forward = self._watched(chunk.decoder.forward, parameters)
+
+    def _watched(self, forward, parameters):
+        import torch
+
+        seen: dict[int, object] = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen and storage.data_ptr() not in parameters:
+                seen[storage.data_ptr()] = storage  # kept alive, so that no address comes twice
+                self.bytes += storage.nbytes()
+            return tensor
+
+        def watched(*args, **kwargs):
+            if not torch.is_grad_enabled() or seen:
+                return forward(*args, **kwargs)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                return forward(*args, **kwargs)
+
+        return watched
+
+
+def save_like_the_kernels() -> None:
+    """Put in the place of attention something that saves what the Triton kernels save."""
+    import torch
+
+    from laver_mcore.model import mixed_attention
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            out, lse = torch.zeros_like(q), torch.zeros(q.shape[:2])
+            ctx.save_for_backward(out, lse, q.clone(), k.clone(), v)
+            return out
+
+        @staticmethod
+        def backward(ctx, grad):
+            _, _, q, k, v = ctx.saved_tensors
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+    mixed_attention.mixed_attention = lambda q, k, v, *_, **__: Attention.apply(q, k, v)
 
 
 def tensor_bytes(engine) -> dict[str, int]:

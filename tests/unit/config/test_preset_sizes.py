@@ -28,7 +28,9 @@ import json, resource, sys, warnings
 warnings.filterwarnings("ignore")
 from laver_mcore import cpu, parallel
 from laver_mcore.config.load import parse
-from laver_mcore.dry_run import _pretend, rank_memory
+from laver_mcore.accounting.memory import held_by
+from laver_mcore.accounting.weights import list_weights
+from laver_mcore.dry_run import _pretend, describe_rank
 from laver_mcore.model.parameters import merge_parts
 
 cpu.install("meta")
@@ -37,9 +39,12 @@ for name, tp, pp in json.loads(sys.argv[1]):
     flags = f"--model {name} --vision none --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp} --bf16"
     flags += f" --make-vocab-size-divisible-by {128 // tp}"  # 151,936 is no multiple of 256: TP 2 would pad it
     config, _ = parse([*flags.split(), "--data-path", "none.json", "--tokenizer-model", "none"])
-    rows = [rank_memory(config, _pretend(config, tp * pp, stage * tp), config.model.vocab_size) for stage in range(pp)]
+    vocab_size = config.model.vocab_size
+    rows = [describe_rank(config, _pretend(config, tp * pp, stage * tp), vocab_size) for stage in range(pp)]
     table = merge_parts([contribution for _, contribution in rows], ("*",))
-    counts[f"{name}-{tp}-{pp}"] = [sum(total for _, total, _ in table), [memory.parameters for memory, _ in rows]]
+    counts[f"{name}-{tp}-{pp}"] = [sum(total for _, total, _ in table), [number for number, _ in rows]]
+    weights = list_weights(config, vocab_size)
+    counts[f"{name}-{tp}-{pp}"].append([held_by(config, weights, stage).all for stage in range(pp)])
 parallel.shut_down()
 counts["peak_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps(counts))
@@ -74,6 +79,14 @@ def test_two_stages_hold_everything_once_but_a_tied_embedding_twice(counts, name
     shape = PRESETS[name]
     copy = 0 if shape["untie_embeddings_and_output_weights"] else shape["vocab_size"] * shape["hidden_size"]
     assert sum(counts[f"{name}-1-2"][1]) == PUBLISHED[name] + copy
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_arithmetic_finds_every_ranks_parameters(counts, name, layout):
+    tp, pp = LAYOUTS[layout]
+    _, built, listed = counts[f"{name}-{tp}-{pp}"]
+    assert listed == built
 
 
 def test_no_weights_are_allocated(counts):

@@ -84,10 +84,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "metrics",
         "laver_kernels",
     ),
-    "dry_run": ("build", "config", "data", "model", "parallel", "cpu", "run"),
+    "plan": ("accounting", "config", "schedules"),
+    "dry_run": ("accounting", "build", "config", "data", "model", "parallel", "cpu", "run"),
 }
 MEGATRON_FREE = (
     "accounting",
+    "plan",
     "config",
     "schedules",
     "data",

@@ -1,0 +1,252 @@
+"""Bytes on one rank, by part: exact for everything that stays, estimated for what a step allocates.
+
+Parameters, gradients, optimizer state and the teacher follow from the list of weights. Activations are counted tensor
+by tensor as Megatron's layers and this project's kernels save them (the principle of Korthikanti et al.,
+arXiv 2205.05198; there are no attention matrices here).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+from laver_mcore.accounting.towers import tower_shape
+from laver_mcore.accounting.weights import EMBEDDING, HEAD, Weight
+from laver_mcore.accounting.work import StepWork
+from laver_mcore.config.schema import Config
+
+GRADIENT = 4
+"""Bytes of a gradient: reduced and summed in fp32."""
+MOMENTS = 8
+"""Bytes of Adam's two moments."""
+MASTER = 4
+"""Bytes of an fp32 master, and of the teacher's average."""
+LOGIT_ROWS = 4096
+"""Rows of logits that the LM head's kernel holds at a time."""
+GRAM_WORKSPACE = 256 * 2**20
+"""Most bytes of Gram weights at a time."""
+GATHER_WORKSPACE = 64 * 2**20
+"""Buffer through which the teacher's shards are gathered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes of one pipeline rank's tensors, by part."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    teacher: int
+    activations: int
+    logits: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """Sum over all parts, in bytes."""
+        return sum(getattr(self, name) for name in MEMORY_PARTS)
+
+
+MEMORY_PARTS = tuple(f.name for f in fields(RankMemory))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Numbers of parameters on one rank."""
+
+    all: int
+    trainable: int
+    averaged: int
+    """Those that the teacher averages; frozen ones are their own average."""
+    largest: int
+    """The largest single one that trains."""
+
+
+def stage_of(layer: int, config: Config) -> int:
+    """The pipeline rank that holds a decoder layer."""
+    parallel = config.parallel
+    pp, vp = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank or 1
+    return layer // ((config.model.num_layers or 1) // (pp * vp)) % pp
+
+
+def held_by(config: Config, weights: Sequence[Weight], pp_rank: int) -> Held:
+    """What one tensor-parallel rank of pipeline rank `pp_rank` holds of `weights`."""
+    mine = [(w, w.size // (config.parallel.tensor_model_parallel_size if w.split else 1))
+            for w in _of_stage(config, weights, pp_rank)]  # fmt: skip
+    return Held(
+        all=sum(size for _, size in mine),
+        trainable=sum(size for w, size in mine if w.trains),
+        averaged=sum(size for w, size in mine if w.averaged) if config.laver.laver else 0,
+        largest=max((size for w, size in mine if w.trains), default=0),
+    )
+
+
+def _of_stage(config: Config, weights: Sequence[Weight], pp_rank: int) -> Iterator[Weight]:
+    last = config.parallel.pipeline_model_parallel_size - 1
+    tied = not config.model.untie_embeddings_and_output_weights
+    for weight in weights:
+        if weight.place == "layer":
+            here = stage_of(weight.layer, config) == pp_rank
+        else:
+            here = pp_rank == (0 if weight.place == "first" else last)
+        # With tied embeddings the last stage holds a copy of the first stage's.
+        if here or (tied and weight.name == EMBEDDING and pp_rank == last):
+            yield weight
+
+
+def state_bytes(config: Config, held: Held, dp_size: int) -> dict[str, int]:
+    """Bytes of what stays from step to step, by part; a data-parallel rank's mean share where it is sharded."""
+    element = 2 if config.train.bf16 else 4
+    shards = dp_size if config.parallel.use_distributed_optimizer else 1
+    masters = MASTER if config.train.bf16 else 0
+    # In fp32 an average that is whole computes itself; otherwise the teacher computes with a whole copy.
+    copy = element if config.train.bf16 or shards > 1 else 0
+    average = 0 if getattr(config.laver, "offload_teacher", False) else MASTER
+    return dict(
+        weights=element * held.all,
+        gradients=GRADIENT * held.trainable,
+        optimizer=(MOMENTS + masters) * held.trainable // shards,
+        teacher=held.averaged * average // shards + copy * held.averaged,
+    )
+
+
+def rank_memory(
+    config: Config,
+    weights: Sequence[Weight],
+    work: StepWork,
+    *,
+    pp_rank: int,
+    dp_size: int,
+    num_micro_batches: int,
+) -> RankMemory:
+    """Peak bytes on pipeline rank `pp_rank` of a step whose micro-batches hold `work` each."""
+    held = held_by(config, weights, pp_rank)
+    element = 2 if config.train.bf16 else 4
+    parallel = config.parallel
+    last = pp_rank == parallel.pipeline_model_parallel_size - 1
+    in_flight = chunks_in_flight(config, pp_rank, num_micro_batches)
+    layers = (config.model.num_layers or 0) // _num_chunks(config)
+    rows = work.dialogue_rows + work.student_padding + (work.visual_tokens if config.laver.laver else 0)
+    activations = in_flight * layers * rows * _saved_per_row(config)
+    activations += _edges(config, weights, work, rows, pp_rank, in_flight)
+    learns = any(w.trains for w in weights)
+    return RankMemory(
+        **state_bytes(config, held, dp_size),
+        activations=int(element * activations) if learns else 0,
+        logits=_logits(config, weights, work, element) if last else 0,
+        workspace=_workspace(config, work, rows, element, held, last),
+    )
+
+
+def _num_chunks(config: Config) -> int:
+    parallel = config.parallel
+    return parallel.pipeline_model_parallel_size * (parallel.num_virtual_stages_per_pipeline_rank or 1)
+
+
+def chunks_in_flight(config: Config, pp_rank: int, num_micro_batches: int) -> int:
+    """Model chunks' worth of activations that a pipeline rank holds at most.
+
+    1F1B: one for every stage from here to the last. Interleaved (Narayanan et al., arXiv 2104.04473): its longer
+    warm-up of 2 (p - rank - 1) + (v - 1) p chunks, and one more.
+    """
+    pp = config.parallel.pipeline_model_parallel_size
+    vp = config.parallel.num_virtual_stages_per_pipeline_rank or 1
+    warm_up = pp - pp_rank - 1 if vp == 1 else 2 * (pp - pp_rank - 1) + (vp - 1) * pp
+    return min(warm_up + 1, num_micro_batches * vp)
+
+
+def _sizes(config: Config) -> tuple[int, int, int, int, int, int]:
+    """(TP, what shares out norms and residuals, D, F, query width, key or value width)."""
+    model, parallel = config.model, config.parallel
+    assert model.hidden_size and model.ffn_hidden_size and model.kv_channels
+    assert model.num_attention_heads and model.num_query_groups
+    tp = parallel.tensor_model_parallel_size
+    along = tp if parallel.sequence_parallel else 1
+    queries, keys = (n * model.kv_channels for n in (model.num_attention_heads, model.num_query_groups))
+    return tp, along, model.hidden_size, model.ffn_hidden_size, queries, keys
+
+
+def _saved_per_row(config: Config) -> float:
+    """Numbers that one decoder layer saves for its backward, for each row of the pass."""
+    _, along, width, *_ = _sizes(config)
+    granularity = config.parallel.recompute_granularity
+    whole = _whole_layer_per_row(config)
+    if granularity != "full":
+        return whole
+    if config.parallel.recompute_method == "block":
+        layers = (config.model.num_layers or 0) // _num_chunks(config)
+        share = min(1.0, (config.parallel.recompute_num_layers or 1) / layers)
+        return share * width / along + (1 - share) * whole
+    # Uniform: the input of every unit of so many layers.
+    return width / along / (config.parallel.recompute_num_layers or 1)
+
+
+def _whole_layer_per_row(config: Config) -> float:
+    tp, along, width, ffn, queries, keys = _sizes(config)
+    # Input and output of both norms; the outputs are the inputs of the matrices behind them.
+    norms = 4 * width
+    # The fused projection (v is a view of it), the attention's output, and queries and keys: rotated, or, where
+    # attention is recomputed, the queries as they were handed over.
+    attention = (queries + 2 * keys) + queries + queries
+    attention += 0 if config.parallel.recompute_granularity == "selective" else keys
+    # Both projections in one, SiLU of the gate, the other with Megatron's offset added, and their product.
+    return norms / along + (attention + 5 * ffn) / tp
+
+
+def _edges(
+    config: Config, weights: Sequence[Weight], work: StepWork, rows: int, pp_rank: int, in_flight: int
+) -> float:
+    """Numbers saved outside the layers: visual path on the first stage, heads on the last."""
+    tp, along, width, *_ = _sizes(config)
+    pp = config.parallel.pipeline_model_parallel_size
+    visual = work.visual_tokens
+    teacher_rows = visual + work.teacher_padding if config.laver.laver else 0
+    saved = 0.0
+    if pp_rank == 0:
+        saved += in_flight * (visual * _connector_per_token(config) + _tower(config, weights, work)) / tp
+    else:  # the teacher's rows travel in the tensor that the first layer saves
+        saved += in_flight * teacher_rows * width / along
+    if pp_rank == pp - 1:
+        saved += rows * (width / along + width)  # the final norm's input and its gathered output
+        head = config.laver.vision_head_hidden_size
+        # Vision head, the teacher's targets, the gradient that the masked loss makes in its forward.
+        saved += visual * (4 * head + 3 * width) if config.laver.laver else 0
+        saved += work.supervised_rows * 2 * width
+    return saved
+
+
+def _connector_per_token(config: Config) -> int:
+    vision, tower = config.vision, tower_shape(config.vision)
+    inner = vision.connector_hidden_size or config.model.hidden_size or 0
+    if tower is not None:
+        return tower.output_width + 2 * inner
+    return 3 * vision.patch_size**2 + 4 * inner if vision.vision == "encoder-free" else 0
+
+
+def _tower(config: Config, weights: Sequence[Weight], work: StepWork) -> float:
+    tower = tower_shape(config.vision)
+    if tower is None or not any(w.trains and w.name.startswith("vision_encoder.") for w in weights):
+        return 0.0
+    return work.patches * tower.layers * (8 * tower.width + (4 if tower.gated else 2) * tower.ffn)
+
+
+def _logits(config: Config, weights: Sequence[Weight], work: StepWork, element: int) -> int:
+    """Logits of one chunk of rows, and the LM head's gradient as it is made and as it is scaled."""
+    name = HEAD if config.model.untie_embeddings_and_output_weights else EMBEDDING
+    (head,) = (w for w in weights if w.name == name)
+    padded, width = head.shape
+    rows = min(work.supervised_rows, LOGIT_ROWS)
+    made = 4 if work.supervised_rows > LOGIT_ROWS else element  # several chunks are summed in fp32
+    columns = padded // config.parallel.tensor_model_parallel_size
+    return columns * (rows * element + (width * (made + element) if head.trains else 0))
+
+
+def _workspace(config: Config, work: StepWork, rows: int, element: int, held: Held, last: bool) -> int:
+    """What a backward needs at its widest besides, W of the Gram loss, buffers of the teacher's move."""
+    tp, _, width, ffn, queries, _ = _sizes(config)
+    # Gradients of the MLP's inner tensors; attention's partial sums of keys and values in fp32, one per query head.
+    transient = rows * (element * (2 * width + 5 * ffn / tp) + 8 * queries / tp)
+    if config.parallel.recompute_granularity == "full":
+        transient += element * rows * _whole_layer_per_row(config)
+    transient += element * held.largest  # a gradient on its way into the fp32 buffer
+    gram = min(GRAM_WORKSPACE, element * work.gram_pairs) if last and config.laver.laver else 0
+    gather = GATHER_WORKSPACE if config.laver.laver and held.averaged else 0
+    return int(transient + gram + gather)

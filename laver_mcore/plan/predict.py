@@ -1,0 +1,228 @@
+"""Memory and time of one layout on paper.
+
+Time is counted per micro-batch and pipeline rank: matrix products and attention at assumed rates, collectives at the
+links' bandwidths, none of them overlapped but the gradients' reduction; then the pipeline's bubble, the optimizer and
+the teacher.
+"""
+
+from dataclasses import dataclass, replace
+
+from laver_mcore.accounting.devices import GIB, Gpu
+from laver_mcore.accounting.flops import ADAM_BYTES, EMA_BYTES, StepFlops, step_flops
+from laver_mcore.accounting.memory import GRADIENT, Held, RankMemory, held_by, rank_memory
+from laver_mcore.accounting.typical import Mix, typical_work
+from laver_mcore.accounting.weights import list_weights
+from laver_mcore.accounting.work import StepWork
+from laver_mcore.config.schema import Config
+from laver_mcore.plan.layouts import NODE, Layout
+from laver_mcore.schedules import ema_steps
+
+RESERVED = 4 * GIB
+"""Memory that CUDA, NCCL and fragmentation are assumed to take."""
+LINK_EFFICIENCY = 0.75
+"""Share of a link's bandwidth that a collective is assumed to reach."""
+MEMORY_EFFICIENCY = 0.8
+"""Share of the memory bandwidth that optimizer and teacher are assumed to reach."""
+BACKWARD_SHARE = 2 / 3
+"""Share of a micro-batch's time that gradients may be reduced behind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One layout: bytes by pipeline rank, seconds of a step by part, and what follows from them."""
+
+    layout: Layout
+    memory: tuple[RankMemory, ...]
+    compute: float
+    tp_comm: float
+    pp_comm: float
+    bubble: float
+    dp_comm: float
+    optimizer: float
+    ema: float
+    tokens_per_second_per_gpu: float
+    mfu: float
+    volumes: dict[str, float]
+    """Bytes that one rank sends in a step, by collective; the largest pipeline rank's."""
+
+    @property
+    def seconds(self) -> float:
+        """Of one step."""
+        parts = (
+            self.compute,
+            self.tp_comm,
+            self.pp_comm,
+            self.bubble,
+            self.dp_comm,
+            self.optimizer,
+            self.ema,
+        )
+        return sum(parts)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes on the fullest rank."""
+        return max(m.total for m in self.memory)
+
+    def fits(self, gpu: Gpu) -> bool:
+        """Whether the fullest rank leaves the reserve free."""
+        return self.peak_memory + RESERVED <= gpu.memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What layouts are compared under."""
+
+    gpu: Gpu
+    num_gpus: int
+    mix: Mix
+    vocab_size: int
+    matmul_efficiency: float
+
+
+def predict(config: Config, layout: Layout, setting: Setting) -> Prediction:
+    """Predict `config`, to which `layout` has been applied already."""
+    work = typical_work(config, setting.mix)
+    weights = list_weights(config, setting.vocab_size)
+    num_micro_batches = config.train.global_batch_size // (layout.micro_batch * layout.dp)
+    ranks = range(layout.pp)
+    held = [held_by(config, weights, rank) for rank in ranks]
+    memory = [
+        rank_memory(
+            config, weights, work, pp_rank=rank, dp_size=layout.dp, num_micro_batches=num_micro_batches
+        )
+        for rank in ranks
+    ]
+    flops = step_flops(config, setting.vocab_size, work)
+    stages = _stage_seconds(config, layout, setting, work, flops)
+    tp_each, tp_bytes = _tensor_parallel(config, layout, setting, work)
+    pp_each, pp_bytes = _pipeline(config, layout, setting, work)
+    slowest = max(stages)
+    one = slowest + tp_each + pp_each
+    largest = max(held, key=lambda h: h.trainable)
+    dp_seconds, dp_bytes = _data_parallel(config, layout, setting, largest, slowest)
+    optimizer, ema, ema_bytes = _update(config, layout, setting, largest)
+    found = Prediction(
+        layout=layout,
+        memory=tuple(memory),
+        compute=num_micro_batches * slowest,
+        tp_comm=num_micro_batches * tp_each,
+        pp_comm=num_micro_batches * pp_each,
+        bubble=(layout.pp - 1) / layout.vp * one,
+        dp_comm=dp_seconds,
+        optimizer=optimizer,
+        ema=ema,
+        tokens_per_second_per_gpu=0.0,
+        mfu=0.0,
+        volumes=dict(
+            tensor_parallel=num_micro_batches * tp_bytes,
+            pipeline=num_micro_batches * pp_bytes,
+            data_parallel=dp_bytes,
+            teacher=ema_bytes,
+        ),
+    )
+    replicas = num_micro_batches * layout.dp
+    rate = replicas / found.seconds / setting.num_gpus
+    return replace(
+        found,
+        tokens_per_second_per_gpu=work.dialogue_rows * rate,
+        mfu=flops.total.model * rate / (setting.gpu.tflops * 1e12),
+    )
+
+
+def _stage_seconds(
+    config: Config, layout: Layout, setting: Setting, work: StepWork, flops: StepFlops
+) -> list[float]:
+    """Seconds of one micro-batch's arithmetic on each pipeline rank: forward, backward and teacher."""
+    peak = setting.gpu.tflops * 1e12
+    matrix_rate = setting.matmul_efficiency * peak
+    products = step_flops(config, setting.vocab_size, replace(work, dialogue_pairs=0, reconstruction_pairs=0))
+    decoder = products.dialogue + products.reconstruction + products.teacher + products.padding
+    attention = _attention_seconds(config, setting, work, flops, products)
+    everywhere = (decoder.hardware / matrix_rate + attention) / layout.pp
+    seconds = [everywhere] * layout.pp
+    seconds[0] += (flops.vision.hardware + flops.connector.hardware) / matrix_rate
+    seconds[-1] += (flops.lm_head.hardware + flops.vision_head.hardware + flops.gram.hardware) / matrix_rate
+    return [s / layout.tp for s in seconds]
+
+
+def _attention_seconds(
+    config: Config, setting: Setting, work: StepWork, flops: StepFlops, products: StepFlops
+) -> float:
+    """Seconds of all layers' attention on one GPU: what `flops` has more than `products`, at the kernels' rates."""
+    model, peak = config.model, setting.gpu.tflops * 1e12
+    assert model.num_attention_heads and model.kv_channels and model.num_layers
+    student = flops.dialogue.hardware + flops.reconstruction.hardware
+    student -= products.dialogue.hardware + products.reconstruction.hardware
+    pairs = work.dialogue_pairs + work.reconstruction_pairs
+    forward = 4.0 * pairs * model.num_attention_heads * model.kv_channels * model.num_layers
+    again = forward if config.parallel.recompute_granularity and student > forward else 0.0
+    backward = student - forward - again
+    teacher = flops.teacher.hardware - products.teacher.hardware
+    forward_rate, backward_rate = (share * peak for share in setting.gpu.attention)
+    return (forward + again + teacher) / forward_rate + backward / backward_rate
+
+
+def _row_bytes(config: Config) -> int:
+    return (2 if config.train.bf16 else 4) * (config.model.hidden_size or 0)
+
+
+def _pass_rows(config: Config, work: StepWork) -> tuple[int, int]:
+    """Rows of the student's and of the teacher's pass over one micro-batch."""
+    reconstruction = work.visual_tokens if config.laver.laver else 0
+    student = work.dialogue_rows + work.student_padding + reconstruction
+    return student, reconstruction + work.teacher_padding
+
+
+def _tensor_parallel(config: Config, layout: Layout, setting: Setting, work: StepWork) -> tuple[float, float]:
+    """(seconds, bytes sent) of one micro-batch's gathers and scatters along the sequence, on one rank."""
+    student, teacher = _pass_rows(config, work)
+    # Two gathers and two scatters a layer, forward and backward alike; the backward gathers the inputs of the two
+    # column-parallel matrices once more for their gradients.
+    times = 10 + (4 if config.parallel.recompute_granularity == "full" else 0)
+    layers = (config.model.num_layers or 0) / layout.pp
+    share = (layout.tp - 1) / layout.tp
+    sent = layers * _row_bytes(config) * share * (times * student + 4 * teacher)
+    return sent / (LINK_EFFICIENCY * setting.gpu.nvlink), sent
+
+
+def _pipeline(config: Config, layout: Layout, setting: Setting, work: StepWork) -> tuple[float, float]:
+    """(seconds, bytes sent) of one micro-batch's activations and their gradients between stages, on one rank."""
+    if layout.pp == 1:
+        return 0.0, 0.0
+    sent = 2.0 * layout.vp * sum(_pass_rows(config, work)) * _row_bytes(config) / layout.tp
+    link = setting.gpu.nvlink if setting.num_gpus <= NODE else setting.gpu.network
+    return sent / (LINK_EFFICIENCY * link), sent
+
+
+def _data_parallel_link(layout: Layout, setting: Setting) -> float:
+    """Bytes per second of a collective over data-parallel ranks: those of one node share its network cards."""
+    if layout.tp * layout.dp <= NODE:
+        return LINK_EFFICIENCY * setting.gpu.nvlink
+    in_node = max(1, min(layout.dp, NODE // layout.tp))
+    return LINK_EFFICIENCY * min(setting.gpu.nvlink, in_node * setting.gpu.network)
+
+
+def _data_parallel(
+    config: Config, layout: Layout, setting: Setting, held: Held, micro_batch_seconds: float
+) -> tuple[float, float]:
+    """(seconds not hidden, bytes sent) of the gradients' reduction and the parameters' gather, on one rank."""
+    element = 2 if config.train.bf16 else 4
+    others = (layout.dp - 1) / layout.dp
+    gradients, parameters = GRADIENT * held.trainable * others, element * held.trainable * others
+    link = _data_parallel_link(layout, setting)
+    hidden = BACKWARD_SHARE * micro_batch_seconds if config.parallel.overlap_grad_reduce else 0.0
+    return max(0.0, gradients / link - hidden) + parameters / link, gradients + parameters
+
+
+def _update(config: Config, layout: Layout, setting: Setting, held: Held) -> tuple[float, float, float]:
+    """Seconds of the optimizer and, spread over the steps between its moves, of the teacher; and its bytes sent."""
+    rate = MEMORY_EFFICIENCY * setting.gpu.memory_bandwidth
+    optimizer = ADAM_BYTES * held.trainable / layout.dp / rate
+    if not held.averaged:
+        return optimizer, 0.0, 0.0
+    element = 2 if config.train.bf16 else 4
+    steps = ema_steps(config.laver, config.train.train_iters)
+    sent = element * held.averaged * (layout.dp - 1) / layout.dp
+    move = EMA_BYTES * held.averaged / layout.dp / rate + sent / _data_parallel_link(layout, setting)
+    return optimizer, move / steps, sent / steps

@@ -1,0 +1,215 @@
+"""The planner: which layouts it tries, its predictions against closed forms, what it prints, and its page."""
+
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from laver_mcore.accounting.devices import GPUS
+from laver_mcore.accounting.typical import typical_mix, typical_work
+from laver_mcore.config.checks import ConfigError, check, check_world
+from laver_mcore.config.load import from_recipe, resolve
+from laver_mcore.plan.__main__ import main
+from laver_mcore.plan.layouts import MICRO_BATCHES, NODE, RECOMPUTE, VIRTUAL, Layout, candidates, refusal
+from laver_mcore.plan.predict import LINK_EFFICIENCY, Setting, predict
+from laver_mcore.plan.search import search
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+RECIPE = REPOSITORY / "examples/qwen2.5-7b-siglip2/stage2.yaml"
+PAGE = REPOSITORY / "docs/planner.md"
+ONE = Layout(tp=1, pp=1, vp=1, dp=1, micro_batch=1, recompute=None)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return resolve(from_recipe(RECIPE))
+
+
+def setting_of(config, num_gpus, gpu="a100-80gb"):
+    return Setting(
+        gpu=GPUS[gpu], num_gpus=num_gpus, mix=typical_mix(config), vocab_size=152064, matmul_efficiency=0.5
+    )
+
+
+def predicted(config, layout, gpu="a100-80gb"):
+    return predict(layout.apply(config), layout, setting_of(config, layout.model_size * layout.dp, gpu))
+
+
+@pytest.mark.parametrize("num_gpus", [1, 12, 16])
+def test_every_layout_is_tried_once(config, num_gpus):
+    found = Counter(candidates(config, num_gpus))
+    expected = set()
+    sizes = range(1, num_gpus + 1)
+    for tp, pp, vp, micro_batch, recompute in itertools.product(
+        sizes, sizes, VIRTUAL, MICRO_BATCHES, RECOMPUTE
+    ):
+        divides = num_gpus % (tp * pp) == 0 and NODE % tp == 0 and 28 % (pp * vp) == 0
+        if divides and (vp == 1 or pp > 1):
+            dp = num_gpus // tp // pp
+            expected.add(Layout(tp=tp, pp=pp, vp=vp, dp=dp, micro_batch=micro_batch, recompute=recompute))
+    assert set(found) == expected
+    assert set(found.values()) == {1}
+
+
+def test_what_is_ranked_is_what_the_run_accepts(config):
+    plan = search(config, setting_of(config, 16))
+    assert len(plan.feasible) + sum(plan.refused.values()) == len(list(candidates(config, 16)))
+    for found in plan.feasible:
+        applied = found.layout.apply(config)
+        check(applied)
+        assert check_world(applied, 16) == found.layout.dp
+        assert found.peak_memory < GPUS["a100-80gb"].memory
+    seconds = [found.seconds for found in plan.feasible]
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        (replace(ONE, tp=8, dp=2), "num_attention_heads=28 is not divisible"),
+        (replace(ONE, pp=3, dp=1), "num_layers=28 is not divisible by 3 pipeline chunks"),
+        (replace(ONE, dp=16, micro_batch=16), "global_batch_size=128 is not divisible"),
+        (replace(ONE, dp=2), None),
+    ],
+    ids=["heads", "layers", "batch", "fine"],
+)
+def test_refusal(config, layout, said):
+    why = refusal(layout.apply(config), layout.model_size * layout.dp)
+    assert (why is None) if said is None else why.startswith(said)
+
+
+@pytest.mark.parametrize(("pp", "vp"), [(1, 1), (2, 1), (4, 1), (4, 7)], ids=str)
+def test_bubble(config, pp, vp):
+    """(p - 1) / (v m) of the time without it (Narayanan et al., arXiv 2104.04473)."""
+    found = predicted(config, replace(ONE, pp=pp, vp=vp, dp=2))
+    busy = found.compute + found.tp_comm + found.pp_comm
+    assert found.bubble / busy == pytest.approx((pp - 1) / vp / (128 / 2))
+
+
+@pytest.mark.parametrize("dp", [1, 2, 16])
+def test_data_parallel_volume(config, dp):
+    """A ring sends (n - 1) / n of fp32 gradients and of bf16 parameters."""
+    found = predicted(config, replace(ONE, tp=2, dp=dp))
+    trained = found.memory[0].gradients / 4
+    assert found.volumes["data_parallel"] == pytest.approx((4 + 2) * trained * (dp - 1) / dp)
+    assert found.memory[0].optimizer == pytest.approx(12 * trained / dp, rel=1e-6)
+
+
+def test_tensor_parallel_volume(config):
+    """Megatron's sequence parallelism: in each layer 4 collectives of S D (t - 1) / t forward, and 6 backward."""
+    found = predicted(config, replace(ONE, tp=4))
+    rows, reconstruction, width, micro_batches = 2048 + 1536, 1536, 3584, 128
+    each = 28 * width * 2 * 3 / 4
+    assert found.volumes["tensor_parallel"] == pytest.approx(
+        micro_batches * each * (10 * rows + 4 * reconstruction)
+    )
+    nvlink = LINK_EFFICIENCY * GPUS["a100-80gb"].nvlink
+    assert found.tp_comm == pytest.approx(found.volumes["tensor_parallel"] / nvlink)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_predictions_stay_below_the_assumed_rates(config, gpu):
+    found = predicted(config, replace(ONE, tp=2, dp=8), gpu)
+    assert 0.2 < found.mfu < max(0.5, *GPUS[gpu].attention)
+    ideal = found.tokens_per_second_per_gpu * found.seconds * 16
+    assert ideal == pytest.approx(128 * 2048)
+
+
+@pytest.mark.parametrize(
+    "less",
+    [dict(tp=2), dict(pp=2), dict(dp=2), dict(recompute="full")],
+    ids=["tp", "pp", "dp", "recompute"],
+)
+def test_parallelism_saves_memory(config, less):
+    config = replace(config, train=replace(config.train, global_batch_size=1024))
+    assert predicted(config, replace(ONE, **less)).peak_memory < predicted(config, ONE).peak_memory
+
+
+def test_typical_work(config):
+    work = typical_work(config, typical_mix(config))
+    assert (work.images, work.visual_tokens, work.dialogue_rows) == (2, 1458, 2048)
+    assert work.student_padding == 78
+    assert work.supervised_rows == 590  # all that is no image
+
+
+def test_too_many_images(config):
+    with pytest.raises(ConfigError, match="use at most 2"):
+        typical_mix(config, images_per_row=3)
+
+
+def run_plan(capsys, *argv):
+    status = main([str(arg) for arg in argv])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_json_holds_what_is_printed(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    argv = ["--config", RECIPE, "--gpus", 16, "--gpu", "h200", "--top", 3, "--json", file]
+    status, out, _ = run_plan(capsys, *argv)
+    assert status == 0
+    plan = json.loads(file.read_text())
+    best = plan["layouts"][0]
+    assert f"{len(plan['layouts'])} layouts fit" in out
+    assert f"{best['step_seconds']:.2f}" in out
+    assert sum(best["seconds"].values()) == pytest.approx(best["step_seconds"])
+    assert len(best["memory"]) == best["pp"]
+
+
+def test_nothing_fits(capsys):
+    status, out, _ = run_plan(
+        capsys, "--config", RECIPE, "--gpus", 8, "--gpu", "a100-40gb", "--model", "qwen2.5-72b"
+    )
+    assert status == 0
+    assert "no layout fits" in out
+    assert "the smallest needs" in out
+    assert "does not fit into memory" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--gpus", 0], "gpus=0 must be at least 1"),
+        (["--gpus", 8, "--model", "tiny", "--num-layers", 4, "--tensor-model-parallel-size", 1,
+          "--no-sequence-parallel"], "add --vocab-size"),
+        (["--gpus", 8, "--micro-batches", 3], "unknown flag --micro-batches"),
+    ],
+    ids=["no_gpus", "no_vocabulary", "unknown_flag"],
+)  # fmt: skip
+def test_bad_input_is_one_line(capsys, argv, said):
+    status, out, err = run_plan(capsys, "--config", RECIPE, "--gpu", "h200", *argv)
+    assert status == 2
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_starts_without_torch():
+    slow = {"torch", "megatron", "transformers"}
+    code = f"import sys, laver_mcore.plan.__main__; print(sorted({slow} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def page_examples():
+    """(command, what the page says it prints) of every pair of blocks."""
+    blocks = PAGE.read_text(encoding="utf-8").split("```")[1::2]
+    commands = [i for i, block in enumerate(blocks) if block.startswith("sh\npython -m laver_mcore.plan")]
+    return [(blocks[i][3:].strip(), blocks[i + 1].removeprefix("text\n").rstrip("\n")) for i in commands]
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["paper", "1024"])
+def test_page_shows_what_its_commands_print(capsys, monkeypatch, number):
+    monkeypatch.chdir(REPOSITORY)
+    command, shown = page_examples()[number]
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:3] == ["python", "-m", "laver_mcore.plan"]
+    assert run_plan(capsys, *words[3:])[:2] == (0, shown + "\n")
