@@ -66,8 +66,8 @@ def build_image_processor(config: Config) -> ImageProcessor | None:
     return FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
 
 
-def build_data(config: Config, tokenizer: Tokenizer) -> DialogueData:
-    """The recipe's data, read and validated whole."""
+def build_data(config: Config, tokenizer: Tokenizer, device: torch.device | None = None) -> DialogueData:
+    """The recipe's data, read and validated whole; batches go to `device`."""
     data = config.data
     return DialogueData(
         list(data.data_path),
@@ -94,6 +94,7 @@ def build_data(config: Config, tokenizer: Tokenizer) -> DialogueData:
         max_bad_fraction=data.max_bad_fraction,
         quarantine=Path(config.run.save) / "quarantine.jsonl" if config.run.save else None,
         index_folder=Path(data.index_folder) if data.index_folder else None,
+        device=device,
     )
 
 

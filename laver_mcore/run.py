@@ -125,7 +125,7 @@ def train_run(config: Config, device: torch.device) -> Engine:
     check_machine(config, device)
     check_save_folder(config)
     tokenizer = build_tokenizer(config)
-    data = build_data(config, tokenizer)
+    data = build_data(config, tokenizer, device)
     topology = parallel.build_topology(config.parallel, device)
     engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer))
     progress = _resume(engine, config, data.fingerprint())

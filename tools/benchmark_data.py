@@ -2,6 +2,7 @@
 
     python tools/benchmark_data.py --cores 2 --rounds 5
     python tools/benchmark_data.py --images FOLDER --preprocessor CHECKPOINT
+    python tools/benchmark_data.py --device cuda      # DALI on the GPU
     python tools/benchmark_data.py --memory 20000     # resident memory while samples pass through the loader
 
 Only the ratios of one run mean something: every round measures every path once, and medians are compared.
@@ -80,10 +81,15 @@ def baseline(
 
 
 def ours(
-    name: str, paths: Sequence[Path], processor: FixedImageProcessor, cores: int, batch: int
+    name: str,
+    paths: Sequence[Path],
+    processor: FixedImageProcessor,
+    cores: int,
+    batch: int,
+    device: torch.device,
 ) -> Callable[[], int]:
     """One backend of this engine, in this process, with one thread a core."""
-    maker = make_backend(name, processor, num_threads=cores)
+    maker = make_backend(name, processor, num_threads=cores, device=device)
     wanted = [WantedImage(path, *image_size(path)) for path in paths]
 
     def run() -> int:
@@ -103,7 +109,8 @@ def compare(args: argparse.Namespace, paths: Sequence[Path]) -> dict[str, float]
     processor = FixedImageProcessor(source, patch_size=args.patch_size)
     names = [name for name in BACKENDS if dali.installed() or not name.startswith("dali")]
     runs = {"DataLoader + Pillow + Hugging Face": baseline(paths, processor, args.cores, args.batch)}
-    runs |= {name: ours(name, paths, processor, args.cores, args.batch) for name in names}
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
+    runs |= {name: ours(name, paths, processor, args.cores, args.batch, device) for name in names}
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()  # processes start, caches fill
@@ -189,10 +196,15 @@ def main() -> None:
     parser.add_argument("--patch-size", type=int, default=14)
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where the DALI backends decode and resize"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=int, metavar="SAMPLES", help="measure memory instead")
     parser.add_argument("--backend", choices=BACKENDS, default="torch_uint8", help="of the memory run")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA GPU; leave it out to measure the CPU backends")
     torch.set_num_threads(1)  # one image a thread; threads within an image only get in each other's way
     with tempfile.TemporaryDirectory() as folder:
         paths = _photographs(args, Path(folder))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from laver_mcore.data.assemble import ImageTask, Pictures, ReadTask, Texts, decode_here
 from laver_mcore.data.batch import Batch
+from laver_mcore.data.device_copy import DeviceCopies, Sent
 from laver_mcore.data.dialogues import Dialogues
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.exchange import Exchange
@@ -136,13 +137,15 @@ class StepMaker:
 
 
 class Ahead:
-    """Prepares steps up to `end_step`, `num_steps` ahead."""
+    """Prepares steps up to `end_step`, `num_steps` ahead; with `copies`, on the GPU."""
 
-    def __init__(self, maker: StepMaker, end_step: int, num_steps: int) -> None:
-        self._maker, self._end, self._num_steps = maker, end_step, num_steps
+    def __init__(
+        self, maker: StepMaker, end_step: int, num_steps: int, copies: DeviceCopies | None = None
+    ) -> None:
+        self._maker, self._end, self._num_steps, self._copies = maker, end_step, num_steps, copies
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="laver-data-read")
         self._maker_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="laver-data-make")
-        self._pending: deque[Future[list[Batch]]] = deque()
+        self._pending: deque[Future[list[Batch] | Sent]] = deque()
         self._next: int | None = None
 
     def get(self, step: int) -> list[Batch]:
@@ -151,9 +154,17 @@ class Ahead:
         for number in range(first, min(step + self._num_steps + 1, self._end)):
             ahead = range(number + 1, min(number + self._num_steps + 1, self._end))
             reading = self._reader.submit(self._maker.read, number, ahead)
-            self._pending.append(self._maker_thread.submit(self._maker.make, number, reading))
+            self._pending.append(self._maker_thread.submit(self._make, number, reading))
             self._next = number + 1
-        return self._pending.popleft().result()
+        batches = self._pending.popleft().result()
+        if isinstance(batches, Sent):
+            assert self._copies is not None
+            return self._copies.receive(batches)
+        return batches
+
+    def _make(self, step: int, reading: "Future[list[_Share]]") -> list[Batch] | Sent:
+        batches = self._maker.make(step, reading)
+        return batches if self._copies is None else self._copies.send(batches)
 
     def close(self) -> None:
         """End threads and workers; no other rank is waited for."""

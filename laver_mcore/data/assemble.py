@@ -43,7 +43,7 @@ class Pictures:
     """
 
     images: tuple[WantedImage, ...] = ()
-    pixels: np.ndarray | None = None
+    pixels: np.ndarray | torch.Tensor | None = None
     failures: dict[int, str]
 
 
@@ -127,4 +127,4 @@ def decode_here(pictures: Pictures, owners: Sequence[int], make_pixels: PixelMak
     failures: dict[int, str] = {}
     for position, why in failed.items():
         failures.setdefault(owners[position], why)
-    return Pictures(pixels=pixels.numpy(), failures=failures)
+    return Pictures(pixels=pixels, failures=failures)

@@ -1,4 +1,4 @@
-"""NVIDIA DALI's dynamic mode on CPU: batch decode and batch resize. The only file that imports DALI.
+"""NVIDIA DALI's dynamic mode: batch decode and batch resize, on CPU or GPU. The only file that imports DALI.
 
 Measured on DALI 2.4.0: JPEG and PNG decode to Pillow's very bits; one damaged image fails its whole batch;
 grey PNGs of 16 bits come out otherwise than anywhere else, and GIF and AVIF not at all, so Pillow decodes
@@ -9,11 +9,13 @@ import importlib
 import importlib.util
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -73,26 +75,34 @@ def _has_transparency(png: bytes) -> bool:
 
 def decode(encoded: Sequence[bytes], num_threads: int) -> list[np.ndarray | None]:
     """uint8 [H, W, 3] of each image; None for one that DALI cannot or should not decode."""
-    decoded: list[np.ndarray | None] = [None] * len(encoded)
     if not installed():
-        return decoded
+        return [None] * len(encoded)
+    return _isolated(encoded, lambda batch: _decode_on_cpu(batch, num_threads))
+
+
+T = TypeVar("T")
+
+
+def _isolated(encoded: Sequence[bytes], decode_batch: Callable[[list[bytes]], list[T]]) -> list[T | None]:
+    """What `decode_batch` makes of the images that DALI should decode: of all at once, and one by one if that fails."""
+    decoded: list[T | None] = [None] * len(encoded)
     ours = [position for position, data in enumerate(encoded) if decodes(data)]
     if not ours:
         return decoded
     try:
-        arrays = _decode_batch([encoded[position] for position in ours], num_threads)
-        for position, array in zip(ours, arrays, strict=True):
-            decoded[position] = array
+        images = decode_batch([encoded[position] for position in ours])
+        for position, image in zip(ours, images, strict=True):
+            decoded[position] = image
     except RuntimeError:
         for position in ours:
             try:
-                decoded[position] = _decode_batch([encoded[position]], num_threads)[0]
+                decoded[position] = decode_batch([encoded[position]])[0]
             except RuntimeError:
                 continue  # Pillow has the last word, and the better message
     return decoded
 
 
-def _decode_batch(encoded: list[bytes], num_threads: int) -> list[np.ndarray]:
+def _decode_on_cpu(encoded: list[bytes], num_threads: int) -> list[np.ndarray]:
     dynamic = _dynamic(num_threads)
     batch = dynamic.as_batch([np.frombuffer(data, dtype=np.uint8) for data in encoded])
     images = dynamic.decoders.image(batch, device="cpu", adjust_orientation=False)
@@ -112,17 +122,73 @@ def resize(
     """
     if not images:
         return []
-    types: Any = importlib.import_module("nvidia.dali.types")
-
     dynamic = _dynamic(num_threads)
-    interpolation = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}[resample]
     batch = dynamic.as_batch([np.ascontiguousarray(image) for image in images], layout="HWC")
+    resized = _resize(dynamic, batch, [image.shape[0] for image in images], targets, resample, two_pass)
+    return [np.asarray(image) for image in resized.evaluate().tensors]
+
+
+def _resize(
+    dynamic: Any,
+    batch: Any,
+    heights: Sequence[int],
+    targets: Sequence[tuple[int, int]],
+    resample: str,
+    two_pass: bool,
+) -> Any:
+    types: Any = importlib.import_module("nvidia.dali.types")
+    interpolation = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}[resample]
     steps = [list(targets)]
     if two_pass:
-        steps.insert(0, [(image.shape[0], width) for image, (_, width) in zip(images, targets, strict=True)])
+        steps.insert(0, [(height, width) for height, (_, width) in zip(heights, targets, strict=True)])
     for step in steps:
         sizes = dynamic.as_batch([np.array(size, dtype=np.float32) for size in step])
         batch = dynamic.resize(
             batch, size=sizes, interp_type=interpolation, antialias=True, dtype=dynamic.uint8
         )
-    return [np.asarray(image) for image in batch.evaluate().tensors]
+    return batch
+
+
+class OnGpu:
+    """The same on a GPU: nvJPEG and DALI's resize on one CUDA stream; not safe in two threads at once."""
+
+    def __init__(self, stream: torch.cuda.Stream, num_threads: int) -> None:
+        self._dynamic = _dynamic(num_threads)
+        self._context = self._dynamic.EvalContext(device_id=stream.device_index, cuda_stream=stream)
+
+    def decode(self, encoded: Sequence[bytes]) -> list[Tensor | None]:
+        """uint8 [H, W, 3] of each image on the GPU; None for one that DALI cannot or should not decode."""
+        return _isolated(encoded, self._decode)
+
+    def _decode(self, encoded: list[bytes]) -> list[Tensor]:
+        buffers = _pinned(encoded)
+        with self._context:
+            # Chroma is interpolated as libjpeg-turbo does it, which the CPU backends read with.
+            images = self._dynamic.decoders.image(
+                self._dynamic.as_batch(buffers),
+                device="gpu",
+                adjust_orientation=False,
+                jpeg_fancy_upsampling=True,
+            )
+            return [image.torch() for image in images.evaluate().tensors]
+
+    def resize(
+        self, images: Sequence[Tensor], targets: Sequence[tuple[int, int]], resample: str, two_pass: bool
+    ) -> list[Tensor]:
+        """As `resize`, of uint8 [H, W, 3] images on the GPU."""
+        if not images:
+            return []
+        with self._context:
+            batch = self._dynamic.as_batch([image.contiguous() for image in images], layout="HWC")
+            heights = [image.shape[0] for image in images]
+            resized = _resize(self._dynamic, batch, heights, targets, resample, two_pass)
+            return [image.torch() for image in resized.evaluate().tensors]
+
+
+def _pinned(encoded: Sequence[bytes]) -> list[np.ndarray]:
+    """The images one behind the other in page-locked memory, which the GPU reads without a copy in between."""
+    buffer = torch.empty(sum(map(len, encoded)), dtype=torch.uint8, pin_memory=True).numpy()
+    ends = np.cumsum([len(data) for data in encoded])
+    for data, end in zip(encoded, ends, strict=True):
+        buffer[end - len(data) : end] = np.frombuffer(data, dtype=np.uint8)
+    return np.split(buffer, ends[:-1])

@@ -5,8 +5,8 @@
     dali           DALI decodes and resizes in one pass
     dali_two_pass  the same in two passes, rounding in between as Pillow does: closest to the reference
 
-Every backend works in the process that calls it, never in a forked one. An image that cannot be decoded comes
-out grey and is named in the answer.
+Where the run's device is a GPU, the last two work there (`gpu_backend.py`). Every backend works in the process that
+calls it, never in a forked one. An image that cannot be decoded comes out grey and is named in the answer.
 """
 
 from collections.abc import Sequence
@@ -47,9 +47,17 @@ class PixelMaker(Protocol):
 
 
 def make_backend(
-    name: str, processor: ImageProcessor, *, num_threads: int = 2, image_cache_mib: int = 0
+    name: str,
+    processor: ImageProcessor,
+    *,
+    num_threads: int = 2,
+    image_cache_mib: int = 0,
+    device: torch.device | None = None,
 ) -> PixelMaker:
-    """The backend called `name`; DataError for an unknown one, or for DALI where it is not installed."""
+    """The backend called `name`; DataError for an unknown one, or for DALI where it is not installed.
+
+    On a CUDA `device` the DALI backends decode and resize there and return pixels there; the others ignore it.
+    """
     if name not in BACKENDS:
         raise DataError(f"image_backend={name!r}; use one of {', '.join(BACKENDS)}")
     if name == "pillow":
@@ -62,15 +70,50 @@ def make_backend(
     settings = processor.settings
     if settings.resample not in ("bilinear", "bicubic"):
         raise DataError(f"image_backend={name!r} has no {settings.resample} filter; use 'pillow'")
+    if name.startswith("dali") and device is not None and device.type == "cuda":
+        from laver_mcore.data.gpu_backend import GpuPixels
+
+        return GpuPixels(processor, device, two_pass=name == "dali_two_pass", num_threads=num_threads)
     return _Fast(name, processor, num_threads)
 
 
-def _check_size(image: WantedImage, width: int, height: int) -> None:
+def check_size(image: WantedImage, width: int, height: int) -> None:
     if (width, height) != (image.width, image.height):
         raise DataError(
             f"{image.source}: is {width} x {height} pixels, was {image.width} x {image.height} when it was "
             "indexed; delete the index"
         )
+
+
+def read_all(images: Sequence[WantedImage]) -> tuple[list[bytes], dict[int, str]]:
+    """Encoded bytes of each image, empty where they cannot be read, and why."""
+    failures: dict[int, str] = {}
+    encoded: list[bytes] = []
+    for position, image in enumerate(images):
+        try:
+            encoded.append(read_image_bytes(image.source))
+        except DataError as error:
+            failures[position] = str(error)
+            encoded.append(b"")
+    return encoded, failures
+
+
+def fits(image: WantedImage, shape: Sequence[int]) -> bool:
+    """Whether decoded pixels [H, W, 3] have the size that was indexed."""
+    return (shape[1], shape[0]) == (image.width, image.height)
+
+
+def by_pillow(image: WantedImage, encoded: bytes, position: int, failures: dict[int, str]) -> np.ndarray:
+    """uint8 [H, W, 3] of an image that DALI has not decoded; grey, and named in `failures`, if Pillow cannot."""
+    try:
+        if position in failures:
+            raise DataError(failures[position])
+        array = np.array(decode_image(encoded, str(image.source)))
+        check_size(image, array.shape[1], array.shape[0])
+    except DataError as error:
+        failures[position] = str(error)
+        array = np.full((image.height, image.width, 3), GREY, dtype=np.uint8)
+    return array
 
 
 class _Reference:
@@ -84,7 +127,7 @@ class _Reference:
         for position, image in enumerate(images):
             try:
                 picture = self._cache.open(image.source)
-                _check_size(image, *picture.size)
+                check_size(image, *picture.size)
             except DataError as error:
                 failures[position] = str(error)
                 picture = Image.new("RGB", (image.width, image.height), (GREY, GREY, GREY))
@@ -109,32 +152,22 @@ class _Fast:
             two_pass = self._name == "dali_two_pass"
             arrays = dali.resize(decoded, targets, self._settings.resample, two_pass, self._num_threads)
             resized = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
-        return self._processor.finish([self._crop(image_CHW) for image_CHW in resized]), failures
+        return self._processor.finish(
+            [centre_crop(image, self._settings.crop) for image in resized]
+        ), failures
 
     def _decode(self, images: Sequence[WantedImage]) -> tuple[list[np.ndarray], dict[int, str]]:
         """uint8 [H, W, 3] arrays; on DALI all at once, then one by one, then on Pillow."""
-        failures: dict[int, str] = {}
-        encoded: list[bytes] = []
-        for position, image in enumerate(images):
-            try:
-                encoded.append(read_image_bytes(image.source))
-            except DataError as error:
-                failures[position] = str(error)
-                encoded.append(b"")
+        encoded, failures = read_all(images)
         decoded = dali.decode(encoded, self._num_threads)
-        arrays = []
-        for position, (image, array) in enumerate(zip(images, decoded, strict=True)):
-            try:
-                if position in failures:
-                    raise DataError(failures[position])
-                if array is None:
-                    array = np.array(decode_image(encoded[position], str(image.source)))
-                _check_size(image, array.shape[1], array.shape[0])
-            except DataError as error:
-                failures[position] = str(error)
-                array = np.full((image.height, image.width, 3), GREY, dtype=np.uint8)
-            arrays.append(array)
-        return arrays, failures
+        arrays = [
+            array if array is not None and fits(image, array.shape) else None
+            for image, array in zip(images, decoded, strict=True)
+        ]
+        return [
+            array if array is not None else by_pillow(image, encoded[position], position, failures)
+            for position, (image, array) in enumerate(zip(images, arrays, strict=True))
+        ], failures
 
     def _torch_resize(self, image_HWC: np.ndarray, target: tuple[int, int]) -> Tensor:
         image_1CHW = torch.from_numpy(image_HWC).permute(2, 0, 1).unsqueeze(0)  # channels last in memory
@@ -144,14 +177,16 @@ class _Fast:
             image_1CHW, size=target, mode=self._settings.resample, antialias=True, align_corners=False
         )[0]
 
-    def _crop(self, image_CHW: Tensor) -> Tensor:
-        if self._settings.crop is None:
-            return image_CHW
-        height, width = self._settings.crop
-        top, left = (image_CHW.shape[1] - height) // 2, (image_CHW.shape[2] - width) // 2
-        if top < 0 or left < 0:
-            raise DataError(
-                f"a crop of {height} x {width} is larger than the image of {tuple(image_CHW.shape[1:])}; "
-                "use image_backend='pillow'"
-            )
-        return image_CHW[:, top : top + height, left : left + width]
+
+def centre_crop(image_CHW: Tensor, crop: tuple[int, int] | None) -> Tensor:
+    """The middle of an image; DataError for one that is smaller than the crop (height, width)."""
+    if crop is None:
+        return image_CHW
+    height, width = crop
+    top, left = (image_CHW.shape[1] - height) // 2, (image_CHW.shape[2] - width) // 2
+    if top < 0 or left < 0:
+        raise DataError(
+            f"a crop of {height} x {width} is larger than the image of {tuple(image_CHW.shape[1:])}; "
+            "use image_backend='pillow'"
+        )
+    return image_CHW[:, top : top + height, left : left + width]

@@ -14,10 +14,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from laver_mcore.data.ahead import Ahead, StepMaker
 from laver_mcore.data.assemble import Tools
 from laver_mcore.data.batch import Batch
 from laver_mcore.data.cost import PackingCost
+from laver_mcore.data.device_copy import DeviceCopies
 from laver_mcore.data.dialogues import Dialogues
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.exchange import Alone, Exchange
@@ -43,7 +46,7 @@ class DialogueData:
     `seq_length` tokens: "error", or "drop" (logged, and counted in `num_dropped`). `weights`, one a source,
     mix several sets (`order.py`). `cost` makes rows and ranks even in what they cost to train on; without it
     samples are packed by length alone. `num_workers` processes read ahead; 0 reads in a thread. `image_backend` is
-    one of `image_backend.BACKENDS`.
+    one of `image_backend.BACKENDS`. With a CUDA `device`, `iterate` yields batches that are there already.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class DialogueData:
         max_bad_fraction: float = 0.1,
         quarantine: Path | None = None,
         index_folder: Path | None = None,
+        device: torch.device | None = None,
     ) -> None:
         paths = [Path(s) for s in ([source] if isinstance(source, str | Path) else source)]
         if not paths:
@@ -105,12 +109,17 @@ class DialogueData:
         self._make_pixels = None
         if image_processor is not None:
             self._make_pixels = make_backend(
-                image_backend, image_processor, num_threads=decode_threads, image_cache_mib=image_cache_mib
+                image_backend,
+                image_processor,
+                num_threads=decode_threads,
+                image_cache_mib=image_cache_mib,
+                device=device,
             )
         self._task = WorkerTask(
             dialogues=self.samples, image_processor=image_processor, decode=image_backend == "pillow"
         )
         self._quarantine, self._seq_length, self._worker_timeout = quarantined, seq_length, worker_timeout
+        self._copies = DeviceCopies(device) if device is not None and device.type == "cuda" else None
         self._waits: list[float] = []
         settings = (seed, seq_length, system_prompt, overlong, packing_window, tuple(weights or ()), cost)
         self._fingerprint = repr((settings, image_backend, len(self.samples), tokenizer.fingerprint()))
@@ -165,7 +174,8 @@ class DialogueData:
         runner: Runner = self._inline()
         if self._num_workers:
             runner = WorkerPool(self._task, self._num_workers, self._worker_timeout)
-        ahead = Ahead(self._maker(plan, runner, exchange or Alone()), end_step, prefetch_steps)
+        maker = self._maker(plan, runner, exchange or Alone())
+        ahead = Ahead(maker, end_step, prefetch_steps, self._copies)
         try:
             for step in range(start_step, end_step):
                 started = time.perf_counter()

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from laver_mcore.data.assemble import ImageTask, Pictures, ReadTask, Texts, blank
@@ -91,13 +90,13 @@ class StepPlan:
 
     def collate(self, texts: Texts, pictures: Pictures | None) -> Batch:
         """The micro-batch; `pictures` hold pixels, or there are none."""
-        pixels: np.ndarray | None = None if pictures is None else pictures.pixels
+        pixels = None if pictures is None else pictures.pixels
         return collate(
             [sample.encoded for sample in texts.samples],
             [sample.key for sample in texts.samples],
             total_length=self._layout.micro_batch_size * self._seq_length,
             pad_id=self._dialogues.pad_id,
-            pixels=None if pixels is None else torch.from_numpy(pixels),
+            pixels=None if pixels is None else torch.as_tensor(pixels),
         )
 
     def _rows(self, step: int) -> range:

@@ -1,0 +1,52 @@
+"""A step's batches on their way to the GPU while the step before is computed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from laver_mcore.data.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """Batches whose copies were begun; `event` comes when they are complete."""
+
+    batches: list[Batch]
+    event: torch.cuda.Event
+
+
+class DeviceCopies:
+    """Copies through page-locked memory on a stream of its own.
+
+    A batch's layout stays on the host: the model lays it beside the reconstruction sequence before it is copied.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def send(self, batches: Sequence[Batch]) -> Sent:
+        """Begin to copy; called in a background thread, which does not wait for it."""
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            moved = []
+            for batch in batches:
+                tensors = {
+                    # Pixels of a GPU backend are there already. Pinned memory is reused only when the copy is over.
+                    name: tensor
+                    if tensor.is_cuda
+                    else tensor.pin_memory().to(self._device, non_blocking=True)
+                    for name, tensor in batch.tensors().items()
+                }
+                moved.append(replace(batch, **tensors))  # type: ignore[arg-type]
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return Sent(batches=moved, event=event)
+
+    def receive(self, sent: Sent) -> list[Batch]:
+        """The batches, for use on the caller's current stream, which waits for the copies; the host does not."""
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(sent.event)
+        for batch in sent.batches:
+            for tensor in batch.tensors().values():
+                tensor.record_stream(current)  # not to be reused for a later copy before this stream is done
+        return sent.batches
