@@ -32,7 +32,7 @@ from laver_mcore.model.native_encoders import NATIVE
 from laver_mcore.model.parameters import freeze, unwrap
 from laver_mcore.model.teacher import Teacher
 from laver_mcore.model.vision_encoders import read_patch_size
-from laver_mcore.optimizer import build_optimizer
+from laver_mcore.optimizer import build_optimizer, weight_buckets
 from laver_mcore.parallel import Topology
 from laver_mcore.training_cost import training_cost
 
@@ -182,12 +182,22 @@ def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[E
         load_hf_weights(chunks, config.model, vocab_size, topology, weights)
     trainable = freeze(chunks, config.train.trainable, topology)
     models = _wrap(config, chunks)
+    optimizer = build_optimizer(config, models)
+    teacher = None
+    if config.laver.laver:
+        teacher = Teacher(
+            chunks,
+            topology,
+            weight_buckets(chunks, optimizer),
+            config.train.kernels,
+            offload=config.laver.offload_teacher,
+        )
     engine = Engine(
         config=config,
         topology=topology,
         models=list(models),
-        optimizer=build_optimizer(config, models),
-        teacher=Teacher(chunks, topology, config.train.kernels) if config.laver.laver else None,
+        optimizer=optimizer,
+        teacher=teacher,
         center_K=torch.zeros(chunks[0].config.hidden_size, device=topology.device),
         geometry=attention_geometry(config),
         vocab_size=vocab_size,

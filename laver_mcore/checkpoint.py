@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -84,15 +84,14 @@ def _model_state(chunks: list[LaverModel]) -> dict[str, Any]:
     return {f"model{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(chunks)}
 
 
-def _teacher_state(engine: Engine, model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The averages under the model's own sharding, each key prefixed with `teacher.`; and the tensors themselves."""
-    averages: dict[str, torch.Tensor] = {}
-    if engine.teacher is None:
-        return {}, averages
-    tensors, _ = extract_sharded_tensors_and_factories(model)
+def _teacher_state(
+    model: dict[str, Any], averages: dict[torch.nn.Parameter, torch.Tensor]
+) -> tuple[dict[str, Any], dict[str, torch.nn.Parameter]]:
+    """Whole averages under the model's own sharding, each key prefixed with `teacher.`; and whose each entry is."""
     state: dict[str, Any] = {}
-    for sharded in _nested(tensors):
-        average = engine.teacher.averages.get(sharded.data)
+    owners: dict[str, torch.nn.Parameter] = {}
+    for sharded in _sharded_parameters(model):
+        average = averages.get(sharded.data)
         if average is None:
             continue
         changed: dict[str, Any] = {"key": f"teacher.{sharded.key}", "data": average}
@@ -100,8 +99,21 @@ def _teacher_state(engine: Engine, model: dict[str, Any]) -> tuple[dict[str, Any
             changed["dtype"] = average.dtype
         # Layers share a key and differ by offset, so the entry is named by its place in the dictionary.
         name = str(len(state))
-        state[name], averages[name] = replace(sharded, **changed), average
-    return state, averages
+        state[name], owners[name] = replace(sharded, **changed), sharded.data
+    return state, owners
+
+
+def _sharded_parameters(model: dict[str, Any]) -> Iterator[Any]:
+    tensors, _ = extract_sharded_tensors_and_factories(model)
+    yield from _nested(tensors)
+
+
+def _teacher_to_save(engine: Engine, model: dict[str, Any]) -> dict[str, Any]:
+    if engine.teacher is None:
+        return {}
+    # Only what this rank writes is gathered into its memory.
+    written = {s.data for s in _sharded_parameters(model) if is_main_replica(s.replica_id)}
+    return _teacher_state(model, engine.teacher.whole_averages(written))[0]
 
 
 def _optimizer_state(engine: Engine, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
@@ -166,7 +178,7 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
     model = _model_state(engine.chunks)
     state = {
         **model,
-        "teacher": _teacher_state(engine, model)[0],
+        "teacher": _teacher_to_save(engine, model),
         **_center_state(engine),
         **_optimizer_state(engine, model, is_loading=False),
         "rng": _rng_state(engine),
@@ -222,7 +234,8 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
     if distributed != engine.config.parallel.use_distributed_optimizer:
         flag = "--use-distributed-optimizer" if distributed else "--no-use-distributed-optimizer"
         raise CheckpointError(f"{folder} holds the state of the other kind of optimizer; resume with {flag}")
-    teacher, averages = _teacher_state(engine, model)
+    averages = engine.teacher.parameters if engine.teacher is not None else []
+    teacher, owners = _teacher_state(model, {p: torch.empty(p.shape) for p in averages})
     state = {
         **model,
         "teacher": teacher,
@@ -238,9 +251,7 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
     if "optimizer" in loaded:
         load_state(engine.optimizer, loaded["optimizer"])
     if engine.teacher is not None:
-        for name, average in averages.items():
-            average.copy_(loaded["teacher"][name])
-        engine.teacher.refresh_compute_copy()
+        engine.teacher.load({owners[name]: whole for name, whole in loaded["teacher"].items()})
     if "center" in loaded:
         engine.center_K.copy_(loaded["center"])
     if same_layout:

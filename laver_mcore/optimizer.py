@@ -1,12 +1,11 @@
-"""Megatron's optimizer for the model chunks, and a view of its fp32 master weights."""
+"""Megatron's optimizer for the model chunks, and where it keeps the fp32 master weights."""
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -15,7 +14,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from laver_mcore.config.schema import Config
-from laver_mcore.parallel import Topology
+from laver_mcore.model.weight_shards import Bucket
 
 
 def build_optimizer(config: Config, models: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -126,25 +125,32 @@ def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
         part.optimizer.state[parameter]["step"] = step.clone()
 
 
-def master_weights(
-    models: list[DistributedDataParallel], optimizer: MegatronOptimizer, topology: Topology
-) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Every parameter of this rank with its fp32 master, whole on this model shard.
+def weight_buckets(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> list[Bucket]:
+    """How this rank's trainable parameters are cut into fp32 masters: the distributed optimizer's shards, or not."""
+    parts = _distributed(optimizer)
+    if not parts:
+        trainable = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+        return [Bucket(places={p: (0, p.numel())}, numel=p.numel(), group=None) for p in trainable]
+    return [
+        Bucket(
+            places={
+                parameter: (start - bucket.offset, end - bucket.offset)
+                for parameter, (start, end, index) in buffer.param_index_map.items()
+                if index == bucket.bucket_id
+            },
+            numel=bucket.grad_data.numel(),
+            group=part.data_parallel_group,
+        )
+        for part in parts
+        for buffer in part.buffers
+        for bucket in buffer.buckets
+    ]
 
-    The distributed optimizer holds a slice of each master per data-parallel rank; slices are summed into the whole,
-    one parameter at a time, so all data-parallel ranks must iterate together.
-    """
-    owners = {p: part for part in _distributed(optimizer) for p in part.model_param_gbuf_map}
-    for model in models:
-        for parameter in model.module.parameters():
-            if parameter.dtype == torch.float32 or not hasattr(parameter, "main_param"):
-                yield parameter, parameter.detach().float()
-            elif not getattr(parameter, "main_param_sharded", False):
-                yield parameter, parameter.main_param
-            else:
-                whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-                if parameter.main_param is not None:
-                    owned = owners[parameter]._get_model_param_range_map(parameter)["param"]
-                    whole[owned.start : owned.end] = parameter.main_param.detach().flatten()
-                dist.all_reduce(whole, group=topology.dp_group)
-                yield parameter, whole.view_as(parameter)
+
+def master_shard(parameter: torch.nn.Parameter, start: int, stop: int) -> torch.Tensor:
+    """Elements [start, stop) of the flattened fp32 master of `parameter`, as `weight_buckets` says they are kept here."""
+    if parameter.dtype == torch.float32:
+        return parameter.detach().view(-1)[start:stop]  # is its own master, whole on every rank
+    master: torch.Tensor = parameter.main_param.detach().view(-1)  # type: ignore[attr-defined]
+    assert master.numel() == stop - start
+    return master

@@ -31,7 +31,7 @@ from laver_mcore.objectives.gram import gram_sum
 from laver_mcore.objectives.latent import latent_sum
 from laver_mcore.objectives.next_token import next_token_sum
 from laver_mcore.objectives.similarity import similarity_sum
-from laver_mcore.optimizer import apply_gradients, master_weights, set_learning_rate
+from laver_mcore.optimizer import apply_gradients, master_shard, set_learning_rate
 from laver_mcore.pipeline import run_pipeline
 from laver_mcore.schedules import Knobs
 
@@ -243,7 +243,7 @@ def _move_teacher(
         _move_center(engine, targets)
     if not knobs.update_teacher:
         return None
-    return teacher.update(master_weights(engine.models, engine.optimizer, topology), knobs.momentum)
+    return teacher.update(master_shard, knobs.momentum)
 
 
 def _move_center(engine: Engine, targets: Sequence[torch.Tensor | None]) -> None:

@@ -95,6 +95,8 @@ class LaverConfig:
     """The teacher moves every max(1, int(train_iters * ema_ratio)) iterations."""
     ema_steps: int | None = None
     """Iterations between two moves of the teacher; wins over ema_ratio."""
+    offload_teacher: bool = False
+    """Keep the teacher's fp32 average in host memory; it visits the device only when the teacher moves."""
     lambda_laver: float = 1.0
     """Weight of the masked reconstruction loss (MIM)."""
     lambda_gram: float = 1.0

@@ -1,13 +1,17 @@
-"""The EMA teacher: an fp32 average of the decoder and the vision head, by name, on this rank's model shards.
+"""The EMA teacher: an fp32 average of the decoder and the vision head, by name, on the optimizer's own shards.
 
 There is no second module tree. The teacher's forward runs the student's modules with the teacher's weights swapped
-in; it shares the vision encoder and the connector, which have no average (LaVer, arXiv 2512.06281, section 3.2).
-The average must be fp32: over 1,000 steps at momentum 0.996 it covers 98.2 % of the way to a fixed student, in
-bfloat16 1.3 % at best.
+in; it shares the vision encoder and the connector, which have no average (LaVer, arXiv 2512.06281, section 3.2), and
+frozen weights, whose average is themselves.
+
+A rank keeps the fp32 average of exactly those elements whose fp32 master it keeps (4 bytes per parameter / DP under
+the distributed optimizer) and moves it without communication. Only the compute copy, in the model's precision, is
+whole on every rank; it is gathered when the teacher moves. The average must be fp32: over 1,000 steps at momentum
+0.996 it covers 98.2 % of the way to a fixed student, in bfloat16 1.3 % at best.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,9 +19,13 @@ import torch.distributed as dist
 from laver_kernels import ema_update_
 from laver_mcore.model.laver import LaverModel
 from laver_mcore.model.parameters import named_parameters
+from laver_mcore.model.weight_shards import Bucket, Range, gather_shards
 from laver_mcore.parallel import Topology
 
 AVERAGED = ("language_model.", "vision_head.")
+
+MasterShard = Callable[[torch.nn.Parameter, int, int], torch.Tensor]
+"""(parameter, start, stop) -> these elements of its flattened fp32 master, which this rank keeps."""
 
 
 class TeacherError(RuntimeError):
@@ -25,25 +33,60 @@ class TeacherError(RuntimeError):
 
 
 class Teacher:
-    """EMA of the student's fp32 weights; `averages` maps a parameter's local shard to its fp32 average."""
+    """EMA of the student's fp32 weights.
 
-    def __init__(self, chunks: list[LaverModel], topology: Topology, kernels: str = "auto") -> None:
-        self._topology = topology
-        self._kernels = kernels
-        self._items = [item for item in named_parameters(chunks, topology) if item.name.startswith(AVERAGED)]
-        self.averages: dict[torch.nn.Parameter, torch.Tensor] = {
-            item.parameter: item.parameter.detach().float().clone() for item in self._items
+    `buckets` say how the trainable parameters are cut; `averages` maps a parameter to the flat fp32 average of the
+    elements kept here. With `offload` the averages live in host memory and visit the device only to move.
+    """
+
+    def __init__(
+        self,
+        chunks: list[LaverModel],
+        topology: Topology,
+        buckets: Sequence[Bucket],
+        kernels: str = "auto",
+        *,
+        offload: bool = False,
+    ) -> None:
+        self._topology, self._kernels = topology, kernels
+        items = [item for item in named_parameters(chunks, topology) if item.name.startswith(AVERAGED)]
+        averaged = {item.parameter for item in items}
+        self._owned = {item.parameter for item in items if item.owned}
+        self._frozen = [item.parameter for item in items if not item.parameter.requires_grad]
+        self._members = [(b, [p for p in b.places if p in averaged]) for b in buckets]
+        self._held: dict[torch.nn.Parameter, Range] = {
+            p: bucket.held(p) for bucket, members in self._members for p in members
         }
-        # In fp32 the average computes itself; in bf16 its rounded copy does.
-        self._compute: dict[torch.nn.Parameter, torch.Tensor] = {
-            p: average if p.dtype == torch.float32 else average.to(p.dtype)
-            for p, average in self.averages.items()
-        }
+        self.averages: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._compute: dict[torch.nn.Parameter, torch.Tensor] = {}
+        for parameter, (start, stop) in self._held.items():
+            if start < stop:
+                average = parameter.detach().view(-1)[start:stop].float().clone()
+                self.averages[parameter] = _to_host(average) if offload else average
+            # A whole average in the model's own precision computes itself; otherwise a rounded or whole copy does.
+            whole = not offload and stop - start == parameter.numel() and parameter.dtype == torch.float32
+            self._compute[parameter] = (
+                self.averages[parameter].view_as(parameter) if whole else parameter.detach().clone()
+            )
 
     @property
     def trains(self) -> bool:
         """Whether anything that this rank averages can change at all."""
-        return any(item.parameter.requires_grad for item in self._items)
+        return bool(self._compute)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those that have an average which may differ from themselves."""
+        return list(self._held)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of averages and compute copies on this rank, each storage counted once."""
+        storages = {
+            t.untyped_storage().data_ptr(): t.nbytes
+            for t in (*self.averages.values(), *self._compute.values())
+        }
+        return sum(storages.values())
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
@@ -59,31 +102,76 @@ class Teacher:
                 parameter.data = student
 
     @torch.no_grad()
-    def update(
-        self, masters: Iterable[tuple[torch.nn.Parameter, torch.Tensor]], momentum: float
-    ) -> torch.Tensor:
-        """Move towards the fp32 `masters` by `1 - momentum`; returns the length of the move over the whole model."""
+    def update(self, master_shard: MasterShard, momentum: float) -> torch.Tensor:
+        """Move towards the fp32 masters by `1 - momentum`; returns the length of the move over the whole model.
+
+        Source: LaVer (arXiv 2512.06281), section 3.2. All ranks take part.
+        """
         squares = torch.zeros((), dtype=torch.float64, device=self._topology.device)
-        owned = {item.parameter for item in self._items if item.owned}
-        for parameter, master in masters:
-            average = self.averages.get(parameter)
-            if average is None:
-                continue
-            if parameter in owned:
-                squares += torch.linalg.vector_norm(master - average, dtype=torch.float64).square()
-            copy = self._compute[parameter]
+        for parameter, average in self.averages.items():
+            start, stop = self._held[parameter]
+            master = master_shard(parameter, start, stop)
+            moving = average.to(master.device, non_blocking=True)  # itself, unless it is offloaded
+            if parameter in self._owned:
+                squares += torch.linalg.vector_norm(master - moving, dtype=torch.float64).square()
+            copy = self._compute[parameter].view(-1)[start:stop]
             ema_update_(
-                average,
+                moving,
                 master,
                 momentum,
-                None if copy is average else copy,
+                None if copy.data_ptr() == moving.data_ptr() else copy,
                 impl=self._kernels,  # type: ignore[arg-type]
             )
+            if moving is not average:
+                average.copy_(moving, non_blocking=True)
+        self._gather_compute_copies()
+        # First over the shards: a stage on which nothing trains has none, and adds zero over the model's ranks.
+        for group in {bucket.group for bucket, _ in self._members if bucket.group is not None}:
+            dist.all_reduce(squares, group=group)
         dist.all_reduce(squares, group=self._topology.mp_group)
         return (1.0 - momentum) * squares.sqrt()
 
-    def refresh_compute_copy(self) -> None:
-        """Round the averages anew, after a checkpoint was loaded into them."""
-        for parameter, average in self.averages.items():
-            if self._compute[parameter] is not average:
-                self._compute[parameter].copy_(average)
+    def _gather_compute_copies(self) -> None:
+        for bucket, members in self._members:
+            if bucket.num_shards == 1 or not members:
+                continue
+            wholes = {p: self._compute[p].view(-1) for p in members}
+            shards = {p: wholes[p][slice(*self._held[p])] for p in members if p in self.averages}
+            gather_shards(bucket, shards, wholes, dtype=members[0].dtype, device=members[0].device)
+
+    @torch.no_grad()
+    def whole_averages(
+        self, wanted: Collection[torch.nn.Parameter]
+    ) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """The fp32 averages of this model shard in host memory, whole and shaped, of those `wanted` on this rank.
+
+        All ranks take part, whatever each of them wants. A frozen parameter is its own average.
+        """
+        wholes = {p: p.detach().float().cpu() for p in self._frozen if p in wanted}
+        for bucket, members in self._members:
+            flat = {p: torch.empty(p.numel()) if p in wanted else None for p in members}
+            if bucket.num_shards > 1:
+                gather_shards(bucket, self.averages, flat, dtype=torch.float32, device=self._topology.device)
+            for parameter, whole in flat.items():
+                if whole is None:
+                    continue
+                if bucket.num_shards == 1:
+                    whole.copy_(self.averages[parameter])
+                wholes[parameter] = whole.view(parameter.shape)
+        return wholes
+
+    @torch.no_grad()
+    def load(self, wholes: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
+        """Take over whole fp32 averages, as `whole_averages` gives them; frozen parameters are passed over."""
+        for parameter, whole in wholes.items():
+            if parameter not in self._held:
+                continue
+            self._compute[parameter].copy_(whole)
+            if parameter in self.averages:
+                self.averages[parameter].copy_(whole.view(-1)[slice(*self._held[parameter])])
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, pinned where there is a GPU to copy to."""
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor)

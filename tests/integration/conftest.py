@@ -20,6 +20,7 @@ LAYOUTS: dict[str, tuple[int, str]] = {
     "pp2_interleaved": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
     "dp2": (2, "--overlap-grad-reduce"),
     "dp2_distributed": (2, "--use-distributed-optimizer"),
+    "dp2_distributed_offload": (2, "--use-distributed-optimizer --overlap-grad-reduce --offload-teacher"),
     "tp2_pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "dp2_tp2": (4, "--tensor-model-parallel-size 2"),
     "dp2_tp2_sp_distributed": (

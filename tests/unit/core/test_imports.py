@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "data": ("laver_kernels",),
     "model": ("config", "data.balance", "data.batch", "data.layout", "laver_kernels", "parallel"),
     "objectives": ("data.batch", "model.laver", "laver_kernels"),
-    "optimizer": ("config", "parallel"),
+    "optimizer": ("config", "model.weight_shards"),
     "engine": ("config", "model", "parallel"),
     "pipeline": ("engine",),
     "accounting": ("config", "schedules"),

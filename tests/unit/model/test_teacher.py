@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from laver_mcore.model.teacher import Teacher, TeacherError
+from laver_mcore.model.teacher import MasterShard, Teacher, TeacherError
+from laver_mcore.model.weight_shards import Bucket
 from laver_mcore.parallel import Topology
 from laver_mcore.schedules import Knobs
 from laver_mcore.step import MIN_EXPECTED_MOVE, check_teacher_moved
@@ -56,10 +57,19 @@ def topology():
         dist.destroy_process_group()
 
 
-def make(topology, dtype=torch.float32) -> tuple[Chunk, Teacher]:
+def teacher_of(chunk: Chunk, topology: Topology, **options) -> Teacher:
+    buckets = [
+        Bucket(places={p: (0, p.numel())}, numel=p.numel(), group=None)
+        for p in chunk.parameters()
+        if p.requires_grad
+    ]
+    return Teacher([chunk], topology, buckets, "reference", **options)
+
+
+def make(topology, dtype=torch.float32, **options) -> tuple[Chunk, Teacher]:
     torch.manual_seed(0)
     chunk = Chunk(dtype)
-    return chunk, Teacher([chunk], topology, "reference")
+    return chunk, teacher_of(chunk, topology, **options)
 
 
 def walk(masters: dict[str, torch.Tensor], generator: torch.Generator) -> None:
@@ -72,13 +82,13 @@ def masters_of(chunk: Chunk) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().float().clone() for name, parameter in chunk.named_parameters()}
 
 
-def give(chunk: Chunk, masters: dict[str, torch.Tensor]) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Put the masters into the (rounded) parameters, and pair both as the optimizer does."""
-    pairs = []
+def give(chunk: Chunk, masters: dict[str, torch.Tensor]) -> MasterShard:
+    """Put the masters into the (rounded) parameters, and find each one's as the optimizer does."""
+    found = {}
     for name, parameter in chunk.named_parameters():
         parameter.data.copy_(masters[name])
-        pairs.append((parameter, masters[name]))
-    return pairs
+        found[parameter] = masters[name].view(-1)
+    return lambda parameter, start, stop: found[parameter][start:stop]
 
 
 def averaged(chunk: Chunk) -> list[str]:
@@ -87,11 +97,12 @@ def averaged(chunk: Chunk) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("offload", [False, True], ids=["on_device", "offloaded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("momentum", [0.9, 0.996, 0.9999])
-def test_two_hundred_moves_follow_an_average_in_fp64(topology, dtype, momentum):
+def test_two_hundred_moves_follow_an_average_in_fp64(topology, dtype, momentum, offload):
     """In bf16 too: the teacher averages the fp32 masters, not the rounded weights."""
-    chunk, teacher = make(topology, dtype)
+    chunk, teacher = make(topology, dtype, offload=offload)
     masters = masters_of(chunk)
     wanted = {name: masters[name].double() for name in averaged(chunk)}
     generator = torch.Generator().manual_seed(1)
@@ -108,7 +119,7 @@ def test_two_hundred_moves_follow_an_average_in_fp64(topology, dtype, momentum):
     for name, average in wanted.items():
         mine = teacher.averages[parameters[name]]
         assert mine.dtype == torch.float32
-        assert ((mine - average).norm() / average.norm()).item() < 1e-6, name
+        assert ((mine - average.view(-1)).norm() / average.norm()).item() < 1e-6, name
 
 
 def test_covers_the_way_to_a_student_that_stands_still(topology):
@@ -121,7 +132,9 @@ def test_covers_the_way_to_a_student_that_stands_still(topology):
         teacher.update(pairs, 0.996)
     for name, parameter in chunk.named_parameters():
         if name in averaged(chunk):
-            covered = (teacher.averages[parameter] - start[name]) / (goal[name] - start[name])
+            covered = (teacher.averages[parameter] - start[name].view(-1)) / (goal[name] - start[name]).view(
+                -1
+            )
             assert covered.mean().item() == pytest.approx(1 - 0.996**1000, abs=1e-3)
 
 
@@ -169,23 +182,44 @@ def test_bf16_computes_with_rounded_averages(topology):
     rounded = {p: average.bfloat16() for p, average in teacher.averages.items()}
     assert any(not torch.equal(rounded[p].float(), average) for p, average in teacher.averages.items())
     with teacher.weights():
-        assert all(torch.equal(p.data, rounded[p]) for p in rounded)
+        assert all(torch.equal(p.data.view(-1), rounded[p]) for p in rounded)
 
 
-def test_loaded_averages_are_computed_with(topology):
-    _, teacher = make(topology, torch.bfloat16)
-    for average in teacher.averages.values():
-        average.fill_(0.3)
-    teacher.refresh_compute_copy()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_saved_averages_are_loaded_and_computed_with(topology, dtype):
+    chunk, teacher = make(topology, dtype)
+    teacher.update(give(chunk, {name: master + 0.3 for name, master in masters_of(chunk).items()}), 0.5)
+    saved = teacher.whole_averages(set(teacher.parameters))
+    assert [tuple(whole.shape) for whole in saved.values()] == [tuple(p.shape) for p in saved]
+    resumed = teacher_of(chunk, topology)
+    resumed.load({p: whole.clone() for p, whole in saved.items()})
+    x = torch.randn(3, WIDTH, dtype=dtype)
     with teacher.weights():
-        assert all((p == torch.tensor(0.3).bfloat16()).all() for p in teacher.averages)
+        wanted = chunk(x)
+    with resumed.weights():
+        assert torch.equal(chunk(x), wanted)
+    for parameter, average in resumed.averages.items():
+        assert torch.equal(average, teacher.averages[parameter])
+
+
+def test_a_frozen_parameter_is_its_own_average(topology):
+    """It costs no memory, computes with the student's weight, and is saved all the same."""
+    torch.manual_seed(0)
+    chunk = Chunk(torch.bfloat16)
+    chunk.language_model.requires_grad_(requires_grad=False)
+    teacher = teacher_of(chunk, topology)
+    assert teacher.num_bytes == WIDTH**2 * (4 + 2)
+    frozen = chunk.decoder.layers[0].weight
+    with teacher.weights():
+        assert frozen.data_ptr() == chunk.decoder.layers[0].weight.data_ptr()
+    assert torch.equal(teacher.whole_averages({frozen})[frozen], frozen.float())
 
 
 def test_a_copied_parameter_counts_once(topology):
     """With tied embeddings the last stage's copy is averaged as well, but its move is the first stage's."""
     chunk, _ = make(topology)
     chunk.language_model.output_layer = torch.nn.Linear(WIDTH, WIDTH, bias=False)
-    teacher = Teacher([chunk], topology, "reference")
+    teacher = teacher_of(chunk, topology)
     pairs = give(chunk, {name: master + 1.0 for name, master in masters_of(chunk).items()})
     owned = sum(p.numel() for name, p in chunk.named_parameters() if name in averaged(chunk)) - WIDTH**2
     assert teacher.update(pairs, 0.5).item() == pytest.approx(0.5 * owned**0.5, rel=1e-6)
@@ -196,10 +230,10 @@ def test_a_copied_parameter_counts_once(topology):
     [("language_model", True), ("vision_head", True), ("connector", False), ("mask_token", False)],
 )
 def test_trains_if_anything_it_averages_does(topology, pattern, trains):
-    chunk, teacher = make(topology)
+    chunk, _ = make(topology)
     for name, parameter in chunk.named_parameters():
         parameter.requires_grad_(name.startswith(pattern))
-    assert teacher.trains == trains
+    assert teacher_of(chunk, topology).trains == trains
 
 
 # The teacher's turn, momentum, whether the student changed, distance moved -> whether the run stops.
@@ -228,10 +262,10 @@ def test_standstill(turn, momentum, student_moved, distance, stops):
 
 
 def test_a_teacher_that_averages_nothing_is_caught(topology):
-    """The fault of averaging empty shards, as under ZeRO-3: masters that are not the parameters' own."""
-    _, teacher = make(topology)
-    strangers = [(torch.nn.Parameter(torch.ones(3)), torch.ones(3))]
-    distance = teacher.update(strangers, 0.9).item()
+    """The fault of averaging empty shards, as under ZeRO-3: nothing of any parameter is found here."""
+    chunk, _ = make(topology)
+    nobody = [Bucket(places={}, numel=0, group=None)]
+    distance = Teacher([chunk], topology, nobody, "reference").update(give(chunk, masters_of(chunk)), 0.9)
     knobs = SimpleNamespace(iteration=0, momentum=0.9, update_teacher=True)
     with pytest.raises(TeacherError):
-        check_teacher_moved(distance, knobs, student_moved=True)
+        check_teacher_moved(distance.item(), knobs, student_moved=True)
