@@ -13,7 +13,7 @@ import torch.distributed as dist
 from laver_mcore.accounting.work import WORK, StepWork, micro_batch_work
 from laver_mcore.data.batch import Batch
 from laver_mcore.engine import Engine
-from laver_mcore.model.inputs import num_student_rows, num_teacher_rows
+from laver_mcore.model.inputs import num_student_rows
 from laver_mcore.objectives.gram import num_gram_matrices
 from laver_mcore.objectives.similarity import num_similar_images
 from laver_mcore.pipeline import even_rows
@@ -34,13 +34,11 @@ def student_rows(batches: Sequence[Batch], engine: Engine) -> list[int]:
     return even_rows([num_student_rows(batch, laver, pad) for batch in batches], engine)
 
 
-def teacher_rows(batches: Sequence[Batch], engine: Engine) -> list[int] | None:
-    """Rows of the teacher's pass over each micro-batch, padding included; None where there is nothing to look at."""
-    # All ranks of one model replica hold the same batches, so they agree on skipping the pass.
-    if engine.teacher is None or not any(batch.num_images for batch in batches):
-        return None
-    pad = engine.config.data.pad_to_multiple
-    return even_rows([num_teacher_rows(batch, pad) for batch in batches], engine)
+def teacher_rows(batches: Sequence[Batch], students: Sequence[int], engine: Engine) -> list[int]:
+    """Rows of the teacher's pass, padding included: the reconstruction part of the student's."""
+    if engine.teacher is None:
+        return [0] * len(batches)
+    return [rows - len(batch.tokens_T) for batch, rows in zip(batches, students, strict=True)]
 
 
 def global_counts(
@@ -50,7 +48,7 @@ def global_counts(
     config = engine.config
     divisors, work = np.zeros(len(DIVISORS)), StepWork()
     students = student_rows(batches, engine)
-    teachers = teacher_rows(batches, engine) or [0] * len(batches)
+    teachers = teacher_rows(batches, students, engine)
     for batch, mask, student, teacher in zip(batches, masks, students, teachers, strict=True):
         lengths = image_lengths(batch)
         supervised, masked = len(batch.supervised_rows_M), 0 if mask is None else int(mask.sum())

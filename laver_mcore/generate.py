@@ -19,7 +19,7 @@ from laver_mcore.data.batch import collate
 from laver_mcore.data.images import ImageProcessor
 from laver_mcore.data.prompt import IGNORE, EncodedSample
 from laver_mcore.engine import Network
-from laver_mcore.model.inputs import ModelInputs, student_inputs
+from laver_mcore.model.inputs import ModelInputs, model_inputs
 from laver_mcore.model.laver import LaverModel, LaverOutput
 from laver_mcore.pipeline import run_pipeline
 
@@ -104,7 +104,7 @@ def _forward(network: Network, samples: list[EncodedSample], features: torch.Ten
         -(-int(lengths.sum()) // network.config.data.pad_to_multiple) * network.config.data.pad_to_multiple
     )
     batch = collate(samples, [""] * len(samples), total_length=total, pad_id=0)
-    inputs = student_inputs(
+    inputs = model_inputs(
         batch,
         None,
         total,

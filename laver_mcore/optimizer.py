@@ -148,7 +148,7 @@ def weight_buckets(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimiz
 
 
 def master_shard(parameter: torch.nn.Parameter, start: int, stop: int) -> torch.Tensor:
-    """Elements [start, stop) of the flattened fp32 master of `parameter`, as `weight_buckets` says they are kept here."""
+    """Elements [start, stop) of the flattened fp32 master of `parameter`, which `weight_buckets` says are kept here."""
     if parameter.dtype == torch.float32:
         return parameter.detach().view(-1)[start:stop]  # is its own master, whole on every rank
     master: torch.Tensor = parameter.main_param.detach().view(-1)  # type: ignore[attr-defined]

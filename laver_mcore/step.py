@@ -1,4 +1,4 @@
-"""One training step: counts, teacher's targets, student's forward and backward, optimizer, EMA.
+"""One training step: counts, forward (teacher and student) and backward, optimizer, EMA.
 
 Every loss is a sum divided by a count over all micro-batches and data-parallel ranks. The counts follow from the
 batches alone, so they are known before the first forward, and each micro-batch's loss is divided right away: the
@@ -19,12 +19,7 @@ from laver_mcore.counts import global_counts, image_lengths, student_rows, teach
 from laver_mcore.data.batch import Batch
 from laver_mcore.data.masking import draw_mask
 from laver_mcore.engine import Engine
-from laver_mcore.model.inputs import (
-    ModelInputs,
-    share_grids,
-    student_inputs,
-    teacher_inputs,
-)
+from laver_mcore.model.inputs import ModelInputs, model_inputs
 from laver_mcore.model.laver import LaverOutput
 from laver_mcore.model.teacher import TeacherError
 from laver_mcore.objectives.gram import gram_sum
@@ -64,7 +59,25 @@ class _MicroBatch:
     batch: Batch
     image_lengths: tuple[int, ...]
     masked_rows_M: torch.Tensor
-    teacher_NK: torch.Tensor | None
+
+
+class _TargetSum:
+    """Sum and number of a step's targets, for the centre."""
+
+    def __init__(self, center_K: torch.Tensor) -> None:
+        self._sums = center_K.new_zeros(len(center_K) + 1)
+
+    def add(self, teacher_NK: torch.Tensor) -> None:
+        """Take in one micro-batch's targets."""
+        self._sums[:-1] += teacher_NK.float().sum(0)
+        self._sums[-1] += len(teacher_NK)
+
+    def move_center(self, engine: Engine) -> None:
+        """c <- m c + (1 - m) mean(targets), the mean over all visual tokens of the step on all ranks."""
+        dist.all_reduce(self._sums, group=engine.topology.dp_group)
+        count = self._sums[-1]
+        weight = (1.0 - engine.config.laver.center_momentum) * (count > 0)
+        engine.center_K.lerp_(self._sums[:-1] / count.clamp(min=1), weight)
 
 
 def draw_masks(batch: Batch, engine: Engine, knobs: Knobs) -> np.ndarray | None:
@@ -87,53 +100,6 @@ def draw_masks(batch: Batch, engine: Engine, knobs: Knobs) -> np.ndarray | None:
     return np.concatenate([np.zeros(0, dtype=bool), *masks])
 
 
-@torch.no_grad()
-def _frozen_features(batches: Sequence[Batch], engine: Engine) -> list[torch.Tensor | None]:
-    """Features of a frozen vision encoder, computed once and used by teacher and student alike."""
-    model = engine.chunks[0]
-    encoder = model.vision_encoder
-    if encoder is None or any(p.requires_grad for p in encoder.parameters()):
-        return [None] * len(batches)
-    topology = engine.topology
-    return [
-        None
-        if batch.pixels is None
-        else model.encode_images(
-            batch.pixels.to(topology.device, non_blocking=True),
-            share_grids(batch, topology.tp_size)[topology.tp_rank],
-        )
-        for batch in batches
-    ]
-
-
-def _teacher_targets(
-    batches: Sequence[Batch], features: Sequence[torch.Tensor | None], engine: Engine
-) -> list[torch.Tensor | None]:
-    """Targets [N, K] per micro-batch on the last stage: a forward-only pass with the teacher's weights."""
-    teacher, rows = engine.teacher, teacher_rows(batches, engine)
-    if teacher is None or rows is None:
-        return [None] * len(batches)
-    items = [
-        teacher_inputs(batch, num_rows, **_input_settings(engine), features=feature)
-        for batch, num_rows, feature in zip(batches, rows, features, strict=True)
-    ]
-
-    def forward_step(data: Iterator[ModelInputs], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
-        return model(next(data)), lambda output, non_loss_data: output.student_NK
-
-    with teacher.weights():
-        targets = run_pipeline(engine, items, rows, forward_step, forward_only=True)
-    return targets or [None] * len(batches)
-
-
-def _input_settings(engine: Engine) -> dict[str, Any]:
-    return dict(
-        geometry=engine.geometry,
-        tp_size=engine.topology.tp_size,
-        device=engine.topology.device,
-    )
-
-
 def _micro_batch_sums(item: _MicroBatch, output: LaverOutput, engine: Engine) -> list[torch.Tensor]:
     """The four sums of `LOSSES` over one micro-batch, fp32 scalars, the first three with gradients."""
     config, laver = engine.config, engine.config.laver
@@ -145,7 +111,7 @@ def _micro_batch_sums(item: _MicroBatch, output: LaverOutput, engine: Engine) ->
     mim = gram = zero
     if output.student_NK is not None:
         # Without images there is nothing to compare with, but the vision head still takes part in the graph.
-        teacher_NK = item.teacher_NK if item.teacher_NK is not None else output.student_NK.detach()
+        teacher_NK = output.teacher_NK if output.teacher_NK is not None else output.student_NK.detach()
         mim = latent_sum(
             output.student_NK,
             teacher_NK,
@@ -176,26 +142,30 @@ def train_step(
     masks = [draw_masks(batch, engine, knobs) for batch in batches]
     counts = global_counts(batches, masks, engine)
     divisors = counts[: len(LOSSES)].clamp(min=1).float()
-    with timers.part("vision"):
-        features = _frozen_features(batches, engine)
-    with timers.part("teacher"):
-        targets = _teacher_targets(batches, features, engine)
     rows = student_rows(batches, engine)
     items = [
         _MicroBatch(
-            inputs=student_inputs(batch, mask, num_rows, **_input_settings(engine), features=feature),
+            inputs=model_inputs(
+                batch,
+                mask,
+                num_rows,
+                geometry=engine.geometry,
+                tp_size=engine.topology.tp_size,
+                device=device,
+            ),
             batch=replace(batch, pixels=None).to(device, non_blocking=True),
             image_lengths=image_lengths(batch),
             masked_rows_M=torch.from_numpy(np.flatnonzero(mask if mask is not None else [])).to(device),
-            teacher_NK=target,
         )
-        for batch, mask, num_rows, feature, target in zip(
-            batches, masks, rows, features, targets, strict=True
-        )
+        for batch, mask, num_rows in zip(batches, masks, rows, strict=True)
     ]
+    teacher_weights = engine.teacher.weights if engine.teacher is not None else None
+    targets = _TargetSum(engine.center_K) if laver.centering else None
 
     def losses_of(item: _MicroBatch, output: LaverOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         sums = _micro_batch_sums(item, output, engine)
+        if targets is not None and output.teacher_NK is not None:
+            targets.add(output.teacher_NK)
         lm, mim, gram, similarity = (total / divisor for total, divisor in zip(sums, divisors, strict=True))
         loss = lm + laver.lambda_laver * mim + laver.lambda_gram * gram
         # Megatron would divide by the second value; the losses are divided already.
@@ -203,14 +173,16 @@ def train_step(
 
     def forward_step(data: Iterator[_MicroBatch], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
         item = next(data)
-        return model(item.inputs), partial(losses_of, item)
+        return model(item.inputs, teacher_weights, timers.part), partial(losses_of, item)
 
     for model in engine.models:
         model.zero_grad_buffer()
     engine.optimizer.zero_grad()
     set_learning_rate(engine.optimizer, knobs.learning_rate)
+    # Between stages the teacher's rows travel behind the student's.
+    travelling = [a + b for a, b in zip(rows, teacher_rows(batches, rows, engine), strict=True)]
     with timers.part("student"):
-        collected = run_pipeline(engine, items, rows, forward_step, forward_only=False)
+        collected = run_pipeline(engine, items, travelling, forward_step, forward_only=False)
     with timers.part("optimizer"):
         grad_norm, applied = apply_gradients(engine.optimizer)
     with timers.part("ema"):
@@ -233,32 +205,15 @@ def _reduce_losses(collected: list[torch.Tensor], engine: Engine) -> torch.Tenso
 
 
 @torch.no_grad()
-def _move_teacher(
-    engine: Engine, targets: Sequence[torch.Tensor | None], knobs: Knobs
-) -> torch.Tensor | None:
-    teacher, topology, laver = engine.teacher, engine.topology, engine.config.laver
+def _move_teacher(engine: Engine, targets: _TargetSum | None, knobs: Knobs) -> torch.Tensor | None:
+    teacher = engine.teacher
     if teacher is None:
         return None
-    if laver.centering and topology.on_last_stage:
-        _move_center(engine, targets)
+    if targets is not None and engine.topology.on_last_stage:
+        targets.move_center(engine)
     if not knobs.update_teacher:
         return None
     return teacher.update(master_shard, knobs.momentum)
-
-
-def _move_center(engine: Engine, targets: Sequence[torch.Tensor | None]) -> None:
-    """c <- m c + (1 - m) mean(teacher outputs), the mean over all visual tokens of the step on all ranks."""
-    momentum = engine.config.laver.center_momentum
-    present = [target for target in targets if target is not None]
-    width = engine.center_K.shape[0]
-    sums = engine.center_K.new_zeros(width + 1)
-    for target in present:
-        sums[:width] += target.float().sum(0)
-        sums[width] += target.shape[0]
-    dist.all_reduce(sums, group=engine.topology.dp_group)
-    mean_K = sums[:width] / sums[width].clamp(min=1)
-    weight = (1.0 - momentum) * (sums[width] > 0)
-    engine.center_K.lerp_(mean_K, weight)
 
 
 def check_teacher_moved(distance: float, knobs: Knobs, student_moved: bool) -> None:

@@ -103,7 +103,6 @@ def step_flops(config: Config, vocab_size: int, work: StepWork) -> StepFlops:
     )
     teacher = decoder.forward * visual + attention.forward * pairs
     heads = head.forward * visual
-    walked_again = connector.forward * visual + (vision.forward if vision.backward else 0.0)
     # Upper triangles of student and teacher; the gradient is one whole product.
     gram = (
         work.gram_pairs * (config.model.hidden_size or 0) * (4.0 if any(w.trains for w in weights) else 2.0)
@@ -112,9 +111,7 @@ def step_flops(config: Config, vocab_size: int, work: StepWork) -> StepFlops:
     return StepFlops(
         vision=Flops(model=vision.model, hardware=vision.model + vision.repeated),
         connector=Flops(model=connector.model * visual, hardware=connector.model * visual),
-        teacher=Flops(model=teacher + heads, hardware=teacher + tp * heads + walked_again)
-        if laver
-        else Flops(),
+        teacher=Flops(model=teacher + heads, hardware=teacher + tp * heads) if laver else Flops(),
         dialogue=_rows(decoder, work.dialogue_rows) + _pairs(attention, work.dialogue_pairs),
         reconstruction=_rows(decoder, visual) + _pairs(attention, pairs) if laver else Flops(),
         lm_head=_lm_head(config, vocab_size, learning, work.supervised_rows),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from laver_mcore.data.batch import Batch, collate
 from laver_mcore.data.prompt import IGNORE, EncodedSample
-from laver_mcore.model.inputs import AttentionGeometry, ModelInputs, student_inputs
+from laver_mcore.model.inputs import AttentionGeometry, ModelInputs, model_inputs
 from laver_mcore.model.laver import LaverModel, LaverOutput
 from laver_mcore.parallel import Topology
 
@@ -44,7 +44,7 @@ def probe(
 ) -> Probe:
     """Run `batch` through all stages without gradients; all ranks take part and receive the same `Probe`."""
     num_rows = -(-len(batch.tokens_T) // topology.tp_size) * topology.tp_size
-    inputs = student_inputs(
+    inputs = model_inputs(
         batch, None, num_rows, geometry=geometry, tp_size=topology.tp_size, device=topology.device
     )
     captured: dict[int, torch.Tensor] = {}

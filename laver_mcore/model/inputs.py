@@ -1,6 +1,7 @@
 """What one forward pass needs, on the device: built once per micro-batch from its `Batch`.
 
-Shapes: T dialogue tokens, N visual tokens, R rows of the reconstruction part (N and padding), S = T + R rows.
+Shapes: T dialogue tokens, N visual tokens, R rows of the reconstruction part (N and padding), S = T + R rows. The
+teacher sees the reconstruction part alone, unmasked: its R rows have the student's own positions and mask.
 """
 
 from dataclasses import dataclass, replace
@@ -24,16 +25,22 @@ class ModelInputs:
     """
 
     packed: PackedLayout
+    teacher_packed: PackedLayout | None
     num_rows: int
     num_dialogue: int
     num_visual: int
-    tokens_T: torch.Tensor | None
+    tokens_T: torch.Tensor
     visual_rows_N: torch.Tensor
     pixels: torch.Tensor | None
     features: torch.Tensor | None
     share_grids: tuple[tuple[tuple[int, int], ...], ...]
     reconstruct: bool
     masked_N: torch.Tensor | None
+
+    @property
+    def num_reconstruction(self) -> int:
+        """Rows of the reconstruction part, padding included: what the teacher sees."""
+        return self.num_rows - self.num_dialogue if self.reconstruct else 0
 
     @property
     def share_counts(self) -> tuple[int, ...]:
@@ -64,7 +71,28 @@ def _packed(
         geometry.mrope_section,
     )
     intervals = layout.intervals if geometry.mixed else _causal(layout.intervals)
-    return PackedLayout(intervals=intervals.to(device, non_blocking=True), rope=rope)
+    return PackedLayout(intervals=intervals, rope=rope)
+
+
+def _after(packed: PackedLayout, start: int) -> PackedLayout:
+    """The rows from `start` on, a document boundary, as a layout of their own; shares the rotary table."""
+    assert packed.intervals is not None
+    assert packed.rope is not None
+    moved = {
+        # Bounds of an empty row may lie before `start`; they mean nothing, but are not to be negative.
+        name: (getattr(packed.intervals, name)[start:] - start).clamp(min=0)
+        for name in ("row_lo_T", "row_hi_T", "col_lo_T", "col_hi_T")
+    }
+    blocks = packed.intervals.blocks
+    if blocks is not None:
+        blocks = tuple(bound - start for bound in blocks if bound >= start)
+    cos_TF, sin_TF = packed.rope
+    return PackedLayout(intervals=Intervals(**moved, blocks=blocks), rope=(cos_TF[start:], sin_TF[start:]))
+
+
+def _to(packed: PackedLayout, device: torch.device) -> PackedLayout:
+    assert packed.intervals is not None
+    return replace(packed, intervals=packed.intervals.to(device, non_blocking=True))
 
 
 def _one_dimensional(layout: SequenceLayout) -> torch.Tensor:
@@ -98,12 +126,7 @@ def num_student_rows(batch: Batch, reconstruct: bool, pad_to_multiple: int) -> i
     return len(batch.tokens_T) + _round_up(visual, pad_to_multiple)
 
 
-def num_teacher_rows(batch: Batch, pad_to_multiple: int) -> int:
-    """Rows of the teacher's pass over one micro-batch; never zero, for stages must have something to send."""
-    return _round_up(max(1, len(batch.visual_rows_N)), pad_to_multiple)
-
-
-def student_inputs(
+def model_inputs(
     batch: Batch,
     masked_N: np.ndarray | None,
     num_rows: int,
@@ -113,15 +136,17 @@ def student_inputs(
     device: torch.device,
     features: torch.Tensor | None = None,
 ) -> ModelInputs:
-    """Inputs of the student: the dialogue, and behind it the masked images where `masked_N` (bool [N]) is given."""
-    num_visual = len(batch.visual_rows_N)
+    """Inputs of one pass: the dialogue, and behind it the masked images where `masked_N` (bool [N]) is given."""
+    num_visual, num_dialogue = len(batch.visual_rows_N), len(batch.tokens_T)
     layouts = [batch.layout]
     if masked_N is not None and num_visual:
         layouts.append(reconstruction_layout(batch.image_grids))
+    packed = _packed(layouts, num_rows, geometry, device)
     return ModelInputs(
-        packed=_packed(layouts, num_rows, geometry, device),
+        packed=_to(packed, device),
+        teacher_packed=_to(_after(packed, num_dialogue), device) if num_rows > num_dialogue else None,
         num_rows=num_rows,
-        num_dialogue=len(batch.tokens_T),
+        num_dialogue=num_dialogue,
         num_visual=num_visual,
         tokens_T=batch.tokens_T.to(device, non_blocking=True),
         visual_rows_N=batch.visual_rows_N.to(device, non_blocking=True),
@@ -130,30 +155,4 @@ def student_inputs(
         share_grids=share_grids(batch, tp_size),
         reconstruct=masked_N is not None,
         masked_N=None if masked_N is None else torch.from_numpy(masked_N).to(device, non_blocking=True),
-    )
-
-
-def teacher_inputs(
-    batch: Batch,
-    num_rows: int,
-    *,
-    geometry: AttentionGeometry,
-    tp_size: int,
-    device: torch.device,
-    features: torch.Tensor | None = None,
-) -> ModelInputs:
-    """Inputs of the teacher: the unmasked images alone, each a document of its own."""
-    num_visual = len(batch.visual_rows_N)
-    return ModelInputs(
-        packed=_packed([reconstruction_layout(batch.image_grids)], num_rows, geometry, device),
-        num_rows=num_rows,
-        num_dialogue=0,
-        num_visual=num_visual,
-        tokens_T=None,
-        visual_rows_N=torch.empty(0, dtype=torch.int64, device=device),
-        pixels=None if batch.pixels is None else batch.pixels.to(device, non_blocking=True),
-        features=features,
-        share_grids=share_grids(batch, tp_size),
-        reconstruct=True,
-        masked_N=None,
     )

@@ -2,14 +2,20 @@
 
 One pass covers the packed dialogue and, behind it, the packed reconstruction sequence (method of arXiv 2512.06281):
 
-    images -> encoder -> connector -> v ----------------------------+-> dialogue rows (text, v at its places)
-                                      +-> mask token where masked --+-> reconstruction rows
+    images -> encoder -> connector -> v -+--------------------------+-> dialogue rows (text, v at its places)
+                                         +-> mask token where masked -> reconstruction rows
+                                         +- detached ---------------> the teacher's rows
     rows -> decoder (mixed attention, 2D-RoPE) -> final norm -> LM head (supervised rows), vision head (N rows)
 
-Shapes: T dialogue rows, N visual tokens, S rows of the whole pass, D width, K latent width, V vocabulary shard.
+The teacher's rows go through the same modules with the teacher's weights, just before the student's; between pipeline
+stages both travel in one tensor.
+
+Shapes: T dialogue rows, N visual tokens, R rows of the reconstruction part, S = T + R rows of the student's pass, D
+width, K latent width, V vocabulary shard.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +35,7 @@ from laver_mcore.model.connector import Connector
 from laver_mcore.model.image_sharing import gather_shares
 from laver_mcore.model.inputs import ModelInputs
 from laver_mcore.model.layer_spec import decoder_spec
+from laver_mcore.model.mixed_attention import PackedLayout
 from laver_mcore.model.native_encoders import NATIVE, NativeEncoder, build_native_encoder
 from laver_mcore.model.vision_encoders import PatchEmbedder, VisionEncoder, build_vision_encoder
 from laver_mcore.model.vision_head import VisionHead
@@ -41,6 +48,7 @@ class LaverOutput:
 
     dialogue_TD: torch.Tensor
     student_NK: torch.Tensor | None
+    teacher_NK: torch.Tensor | None
     output_weight_VD: torch.Tensor
 
 
@@ -48,6 +56,17 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
     """Megatron's padded vocabulary: a multiple of `divisible_by` x tensor-parallel size."""
     multiple = divisible_by * tp_size
     return -(-vocab_size // multiple) * multiple
+
+
+Weights = Callable[[], AbstractContextManager[None]]
+"""Context in which the modules compute with the teacher's weights."""
+Part = Callable[[str], AbstractContextManager[None]]
+"""Context in which a named part of the pass runs: "vision" or "teacher"."""
+
+
+def unnamed(name: str) -> AbstractContextManager[None]:
+    """Nobody measures the parts."""
+    return nullcontext()
 
 
 class LaverModel(MegatronModule):
@@ -85,6 +104,7 @@ class LaverModel(MegatronModule):
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
+        self._received: torch.Tensor | None = None
         self.vision_encoder: VisionEncoder | NativeEncoder | None = None
         kind = dict(dtype=mcore.params_dtype, device=device)
         if self.pre_process and config.vision.vision != "none":
@@ -127,8 +147,8 @@ class LaverModel(MegatronModule):
     # What Megatron's schedules and gradient finalisation ask of a model.
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Receive the previous stage's hidden states."""
-        self.language_model.set_input_tensor(input_tensor)
+        """Receive the previous stage's hidden states, the teacher's rows behind the student's."""
+        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """The tied embedding, which Megatron keeps equal on the first and last stage."""
@@ -161,40 +181,83 @@ class LaverModel(MegatronModule):
         local_nD = self.connector(features.to(self.config.params_dtype))
         return gather_shares(local_nD, inputs.share_counts, self.tp_group)
 
-    def _embed(self, inputs: ModelInputs) -> torch.Tensor:
-        """Rows of the whole pass [S, D]: text embeddings, visual tokens at their places, reconstruction, padding."""
-        parts = []
-        visual_ND = self._visual_tokens(inputs) if hasattr(self, "connector") else None
-        if inputs.tokens_T is not None:
-            text_TD = self.language_model.embedding.word_embeddings(inputs.tokens_T)
-            if visual_ND is not None:
-                text_TD = text_TD.index_copy(0, inputs.visual_rows_N, visual_ND)
-            parts.append(text_TD)
+    def _embed(self, inputs: ModelInputs, visual_ND: torch.Tensor | None) -> torch.Tensor:
+        """Rows of the student's pass [S, D]: text, visual tokens at their places, reconstruction, padding."""
+        text_TD = self.language_model.embedding.word_embeddings(inputs.tokens_T)
+        if visual_ND is not None:
+            text_TD = text_TD.index_copy(0, inputs.visual_rows_N, visual_ND)
+        parts = [text_TD]
         if inputs.reconstruct:
             assert visual_ND is not None
             if inputs.masked_N is not None:
                 visual_ND = torch.where(inputs.masked_N[:, None], self.mask_token, visual_ND)
             parts.append(visual_ND)
-        rows_SD = torch.cat(parts)
-        return F.pad(rows_SD, (0, 0, 0, inputs.num_rows - len(rows_SD)))
+        return _pad_rows(torch.cat(parts), inputs.num_rows)
 
-    def forward(self, inputs: ModelInputs) -> torch.Tensor | LaverOutput:
-        """Run this chunk: hidden states [S (/ TP), 1, D] for the next stage, or the last stage's `LaverOutput`."""
+    def _rows(self, inputs: ModelInputs, *, with_teacher: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What goes through this chunk: the student's rows, and the teacher's where there are any."""
+        with_teacher = with_teacher and inputs.num_reconstruction > 0
+        if self.pre_process:
+            rows_SD = self._embed(inputs, visual_ND)
+            if not with_teacher:
+                return rows_SD, None
+            assert visual_ND is not None
+            return rows_SD, _pad_rows(visual_ND.detach(), inputs.num_reconstruction)
+        assert self._received is not None
+        if not with_teacher:
+            return self._received, None
+        share = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        rows, teacher_rows = self._received.split(
+            [inputs.num_rows // share, inputs.num_reconstruction // share]
+        )
+        return rows, teacher_rows
+
+    def _decode(self, rows: torch.Tensor, packed: PackedLayout) -> torch.Tensor:
+        """This chunk's layers: embedded rows [S, D], or the previous stage's [S (/ TP), 1, D] -> [S (/ TP), 1, D]."""
         hidden = None
         if self.pre_process:
-            hidden = self._embed(inputs)
-            if self.config.sequence_parallel:
-                hidden = scatter_to_sequence_parallel_region(hidden)
+            hidden = scatter_to_sequence_parallel_region(rows) if self.config.sequence_parallel else rows
             hidden = hidden[:, None]
-        hidden = self.language_model.decoder(
-            hidden_states=hidden, attention_mask=None, packed_seq_params=inputs.packed
+        else:
+            self.language_model.set_input_tensor([rows])
+        return self.language_model.decoder(
+            hidden_states=hidden, attention_mask=None, packed_seq_params=packed
         )
-        if not self.post_process:
-            return hidden
+
+    def _whole(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Rows of the last stage [S, D], the same on every tensor-parallel rank."""
         hidden_SD = hidden[:, 0]
         if self.config.sequence_parallel:
             # Every TP rank computes the same losses from the same rows, so each keeps its own slice of the gradient.
             hidden_SD = gather_from_sequence_parallel_region(hidden_SD, tensor_parallel_output_grad=False)
+        return hidden_SD
+
+    def _teach(self, inputs: ModelInputs, rows: torch.Tensor) -> torch.Tensor:
+        """The teacher's pass through this chunk: hidden states for the next stage, or targets [N, K] on the last."""
+        assert inputs.teacher_packed is not None
+        hidden = self._decode(rows, inputs.teacher_packed)
+        return self.vision_head(self._whole(hidden)[: inputs.num_visual]) if self.post_process else hidden
+
+    def forward(
+        self, inputs: ModelInputs, teacher_weights: Weights | None = None, part: Part = unnamed
+    ) -> torch.Tensor | LaverOutput:
+        """Run this chunk: hidden states for the next stage, or the last stage's `LaverOutput`.
+
+        With `teacher_weights` the teacher sees the images as well, where there are any.
+        """
+        visual_ND = None
+        if self.pre_process and hasattr(self, "connector"):
+            with part("vision"):
+                visual_ND = self._visual_tokens(inputs)
+        rows, teacher_rows = self._rows(inputs, visual_ND, with_teacher=teacher_weights is not None)
+        taught = None
+        if teacher_weights is not None and teacher_rows is not None:
+            with part("teacher"), teacher_weights():
+                taught = self._teach(inputs, teacher_rows)
+        hidden = self._decode(rows, inputs.packed)
+        if not self.post_process:
+            return hidden if taught is None else torch.cat([hidden, taught])
+        hidden_SD = self._whole(hidden)
         student_NK = None
         if inputs.reconstruct:
             start = inputs.num_dialogue
@@ -202,5 +265,10 @@ class LaverModel(MegatronModule):
         return LaverOutput(
             dialogue_TD=hidden_SD[: inputs.num_dialogue],
             student_NK=student_NK,
+            teacher_NK=taught,
             output_weight_VD=self.output_weight(),
         )
+
+
+def _pad_rows(rows_nD: torch.Tensor, num_rows: int) -> torch.Tensor:
+    return F.pad(rows_nD, (0, 0, 0, num_rows - len(rows_nD)))

@@ -85,10 +85,10 @@ def gradients(case, chunks, batch, config, topology, vocab_size):
     from laver_mcore.build import attention_geometry
     from laver_mcore.convert.names import entries, fuse, pad_vocabulary
     from laver_mcore.convert.probe import gather_logits
-    from laver_mcore.model.inputs import student_inputs
+    from laver_mcore.model.inputs import model_inputs
     from laver_mcore.model.parameters import named_parameters
 
-    inputs = student_inputs(
+    inputs = model_inputs(
         batch, None, ROWS, geometry=attention_geometry(config), tp_size=1, device=topology.device
     )
     logits_TV = gather_logits(chunks[0](inputs), topology, vocab_size)
