@@ -63,7 +63,8 @@ def global_counts(
             supervised_rows=supervised,
             masked_rows=masked,
         )
-    counts = torch.tensor([*divisors, *astuple(work)], dtype=torch.float64, device=engine.topology.device)
+    local = torch.tensor([*divisors, *astuple(work)], dtype=torch.float64)
+    counts = local.to(engine.topology.device, non_blocking=True)
     dist.all_reduce(counts, group=engine.topology.dp_group)
     return counts
 

@@ -23,11 +23,11 @@ from laver_mcore.step import LOSSES, StepResult, check_teacher_moved, train_step
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """What carries over from step to step besides the engine's tensors."""
+    """What carries over from step to step besides the engine's tensors; tensors are scalars on the device."""
 
     progress: Progress
-    skipped: int = 0
-    student_moved: bool = False
+    skipped: int | torch.Tensor = 0
+    student_moved: bool | torch.Tensor = False
     """Whether the student has changed since the teacher last moved."""
     teacher_distance: float = 0.0
 
@@ -38,12 +38,12 @@ def _due(iteration: int, interval: int | None) -> bool:
 
 def _after(state: RunState, result: StepResult, knobs: Knobs, engine: Engine) -> RunState:
     """The state after one step; stops the run if the teacher stood still when it should have moved."""
-    moved = state.student_moved or (result.applied and result.grad_norm > 0.0 and knobs.learning_rate > 0.0)
+    moved = state.student_moved | (result.applied & (result.grad_norm > 0.0) & (knobs.learning_rate > 0.0))
     distance = state.teacher_distance
     if result.teacher_distance is not None:
         distance = float(result.teacher_distance)  # waits for the device, only when the teacher moves
         teacher_trains = engine.teacher is not None and engine.teacher.trains
-        check_teacher_moved(distance, knobs, moved and teacher_trains)
+        check_teacher_moved(distance, knobs, bool(moved) and teacher_trains)
         moved = False
     progress = Progress(
         iteration=state.progress.iteration + 1,
@@ -52,7 +52,7 @@ def _after(state: RunState, result: StepResult, knobs: Knobs, engine: Engine) ->
     return replace(
         state,
         progress=progress,
-        skipped=state.skipped + (not result.applied),
+        skipped=state.skipped + (~result.applied).int(),
         student_moved=moved,
         teacher_distance=distance,
     )
@@ -79,13 +79,13 @@ def metrics_row(state: RunState, result: StepResult, knobs: Knobs, engine: Engin
         "lm_loss": losses["lm_loss"],
         "mim_loss": losses["mim_loss"] if on else None,
         "gram_loss": losses["gram_loss"] if on and laver.gram != "off" else None,
-        "grad_norm": result.grad_norm,
+        "grad_norm": float(result.grad_norm),
         "learning_rate": knobs.learning_rate,
         "mask_ratio": knobs.mask_ratio if on else None,
         "momentum": knobs.momentum if on else None,
         "teacher_distance": state.teacher_distance if on else None,
         "visual_similarity": losses["visual_similarity"] if counts["similar_images"] else None,
-        "skipped": state.skipped,
+        "skipped": int(state.skipped),
     }
 
 

@@ -1,11 +1,11 @@
 """Megatron's optimizer for the model chunks, and where it keeps the fp32 master weights."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -34,7 +34,9 @@ def build_optimizer(config: Config, models: list[DistributedDataParallel]) -> Me
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         log_num_zeros_in_grad=False,
     )
-    return get_megatron_optimizer(mcore, models)
+    optimizer = get_megatron_optimizer(mcore, models)
+    _use_fused_adam(optimizer)
+    return optimizer
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
@@ -43,29 +45,65 @@ def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> Non
         group["lr"] = learning_rate * group.get("lr_mult", 1.0)
 
 
-def apply_gradients(optimizer: MegatronOptimizer) -> tuple[float, bool]:
-    """Clip and step; returns (global gradient norm before clipping, whether the weights were changed).
+def apply_gradients(optimizer: MegatronOptimizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip and step; returns (global gradient norm before clipping, whether the weights were changed), on the device.
 
     A norm that is not finite leaves weights and optimizer state as they were: the step is skipped. The norm is the
-    same number on every rank, and so is the decision.
+    same number on every rank, and so is the decision. Torch's fused Adam takes both clipping and the decision from the
+    device; the host waits for the norm only where apex's or Transformer Engine's Adam is in use.
     """
-    if optimizer.prepare_grads():
-        return math.nan, False
-    grad_norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(grad_norm):
-        return grad_norm, False
-    for part in optimizer.chained_optimizers:
-        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
-        if parameters and part.config.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
-    return grad_norm, bool(optimizer.step_with_ready_grads())
+    optimizer.prepare_grads()
+    norm = _gradient_norm(optimizer)
+    applied = torch.isfinite(norm)
+    parts = _working_parts(optimizer)
+    if all(isinstance(part.optimizer, torch.optim.Adam) for part in parts):
+        for part in parts:
+            inner, limit = part.optimizer, part.config.clip_grad
+            inner.found_inf = (~applied).float()
+            inner.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0) if limit > 0.0 else None
+        optimizer.step_with_ready_grads()
+    elif bool(applied):
+        for part in parts:
+            if part.config.clip_grad > 0.0:
+                clip_grad_by_total_norm_fp32(
+                    part.get_parameters(), max_norm=part.config.clip_grad, total_norm=float(norm)
+                )
+        optimizer.step_with_ready_grads()
+    return norm, applied
+
+
+def _gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """Euclidean norm of all gradients of the model, each counted once, fp32 scalar on the device."""
+    total = torch.zeros((), device=torch.cuda.current_device())
+    for part in _parts(optimizer):
+        grads = part.get_main_grads_for_grad_norm()
+        squares = torch.zeros_like(total)
+        if grads:
+            squares += torch.stack(torch._foreach_norm(grads)).square().sum()
+        dist.all_reduce(squares, group=part.get_grad_stats_parallel_group())
+        total += squares
+    return total.sqrt()
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _working_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """Those that have parameters: on a pipeline stage where nothing trains there is a stub."""
+    return [part for part in _parts(optimizer) if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
+    """Let torch's Adam, where Megatron falls back to it, run as one kernel that can skip a step by itself."""
+    for part in _working_parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.Adam):
+            for group in part.optimizer.param_groups:
+                group["fused"], group["foreach"] = True, None
 
 
 def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [
-        p for p in parts if isinstance(p, DistributedOptimizer) and not getattr(p, "is_stub_optimizer", False)
-    ]
+    return [part for part in _working_parts(optimizer) if isinstance(part, DistributedOptimizer)]
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
@@ -115,6 +153,7 @@ def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     parts = _distributed(optimizer)
     if not parts:
         optimizer.load_state_dict(state)
+        _use_fused_adam(optimizer)  # the saved groups may say otherwise
         return
     (part,) = parts
     moments = state.pop("param_state")
@@ -122,7 +161,8 @@ def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     steps = {p: values.pop("step") for p, values in part.optimizer.state.items() if "step" in values}
     part.load_parameter_state_from_fully_reshardable(moments)
     for parameter, step in steps.items():
-        part.optimizer.state[parameter]["step"] = step.clone()
+        part.optimizer.state[parameter]["step"] = step.to(parameter.device, torch.float32, copy=True)
+    _use_fused_adam(optimizer)
 
 
 def weight_buckets(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> list[Bucket]:

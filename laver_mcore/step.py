@@ -45,8 +45,9 @@ class StepResult:
     """[4] `LOSSES`, already divided by their global counts; None on ranks that do not compute losses."""
     counts: torch.Tensor
     """`COUNTS` over all micro-batches and data-parallel ranks."""
-    grad_norm: float
-    applied: bool
+    grad_norm: torch.Tensor
+    applied: torch.Tensor
+    """Whether the weights were changed, bool scalar."""
     teacher_distance: torch.Tensor | None
     """Length of the teacher's move in this step (Euclidean, over all its weights); None where it does not move."""
 
@@ -155,7 +156,9 @@ def train_step(
             ),
             batch=replace(batch, pixels=None).to(device, non_blocking=True),
             image_lengths=image_lengths(batch),
-            masked_rows_M=torch.from_numpy(np.flatnonzero(mask if mask is not None else [])).to(device),
+            masked_rows_M=torch.from_numpy(np.flatnonzero(mask if mask is not None else [])).to(
+                device, non_blocking=True
+            ),
         )
         for batch, mask, num_rows in zip(batches, masks, rows, strict=True)
     ]

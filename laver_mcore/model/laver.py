@@ -194,7 +194,9 @@ class LaverModel(MegatronModule):
             parts.append(visual_ND)
         return _pad_rows(torch.cat(parts), inputs.num_rows)
 
-    def _rows(self, inputs: ModelInputs, *, with_teacher: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _rows(
+        self, inputs: ModelInputs, visual_ND: torch.Tensor | None, *, with_teacher: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What goes through this chunk: the student's rows, and the teacher's where there are any."""
         with_teacher = with_teacher and inputs.num_reconstruction > 0
         if self.pre_process:

@@ -1,5 +1,6 @@
 """Homogenisation of visual tokens, a diagnostic: how alike the tokens of one image have become."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -11,12 +12,11 @@ def similarity_sum(visual_ND: torch.Tensor, image_lengths: tuple[int, ...]) -> t
     Linear in N: the sum over all pairs of unit vectors is the squared norm of their sum.
     """
     unit_ND = F.normalize(visual_ND.float(), dim=-1)
-    lengths = torch.tensor(image_lengths, dtype=torch.int64)
-    image_N = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(
-        unit_ND.device, non_blocking=True
-    )
+    lengths = np.asarray(image_lengths, dtype=np.int64)
+    image_N = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
+    image_N = image_N.to(unit_ND.device, non_blocking=True)
     sums_ID = unit_ND.new_zeros(len(lengths), unit_ND.shape[1]).index_add(0, image_N, unit_ND)
-    count_I = lengths.to(unit_ND.device, dtype=torch.float32, non_blocking=True)
+    count_I = torch.from_numpy(lengths).to(unit_ND.device, dtype=torch.float32, non_blocking=True)
     pairs_I = (count_I * (count_I - 1)).clamp(min=1)
     mean_I = (sums_ID.square().sum(-1) - count_I) / pairs_I
     return torch.where(count_I > 1, mean_I, 0.0).sum()

@@ -67,6 +67,18 @@ def run_scenarios(num_ranks: int, directory: Path, scenarios: Sequence[Scenario]
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
 
 
+def host_waits(data_directory: Path, folder: Path, flags: str) -> dict:
+    """What the steps of a short run waited for (`sync_worker.py`); the teacher moves in every step."""
+    recipe, output = data_directory / "recipe.yaml", folder / "found.json"
+    argv = f"--config {recipe} --train-iters 4 --ema-steps 1 --mask-ratio 0.4 {flags}".split()
+    command = [sys.executable, "tests/integration/sync_worker.py", str(output), *argv]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(output.read_text())
+
+
 def read_metrics(run: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

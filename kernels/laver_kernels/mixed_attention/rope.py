@@ -39,7 +39,9 @@ def rope_table(
     device = positions_3T.device if device is None else torch.device(device)
     exponent_F = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequency_F = 1.0 / base**exponent_F
-    axis_F = torch.repeat_interleave(torch.arange(3, device=device), torch.tensor(section, device=device))
+    # Built on the host: repeating by counts on a GPU would wait for it to learn the length.
+    axes = [axis for axis, count in enumerate(section) for _ in range(count)]
+    axis_F = torch.tensor(axes).to(device, non_blocking=True)
     position_TF = positions_3T.to(device).float()[axis_F].T
     angle_TF = position_TF * frequency_F
     return angle_TF.cos().contiguous(), angle_TF.sin().contiguous()
