@@ -38,7 +38,9 @@ def _due(iteration: int, interval: int | None) -> bool:
 
 def _after(state: RunState, result: StepResult, knobs: Knobs, engine: Engine) -> RunState:
     """The state after one step; stops the run if the teacher stood still when it should have moved."""
-    moved = state.student_moved | (result.applied & (result.grad_norm > 0.0) & (knobs.learning_rate > 0.0))
+    moved: bool | torch.Tensor = state.student_moved | (
+        result.applied & (result.grad_norm > 0.0) & (knobs.learning_rate > 0.0)
+    )
     distance = state.teacher_distance
     if result.teacher_distance is not None:
         distance = float(result.teacher_distance)  # waits for the device, only when the teacher moves

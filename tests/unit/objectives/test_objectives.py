@@ -250,7 +250,7 @@ def micro_batch(documents: list[EncodedSample], padding: int) -> Batch:
 
 
 def call_next_token(batch, hidden_TD, weight_VD, vocab_size, group) -> torch.Tensor:
-    output = LaverOutput(dialogue_TD=hidden_TD, student_NK=None, output_weight_VD=weight_VD)
+    output = LaverOutput(dialogue_TD=hidden_TD, student_NK=None, teacher_NK=None, output_weight_VD=weight_VD)
     return next_token_sum(output, batch, vocab_size=vocab_size, tp_group=group, impl="reference")
 
 
