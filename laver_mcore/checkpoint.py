@@ -130,7 +130,7 @@ def _center_state(engine: Engine) -> dict[str, Any]:
     topology = engine.topology
     if engine.teacher is None or not topology.on_last_stage:
         return {}
-    replica = (0, topology.tp_rank, topology.dp_rank)
+    replica = (0, topology.tp_rank, topology.dp_cp_group.rank())
     return {"center": ShardedTensor.from_rank_offsets("teacher_center", engine.center_K, replica_id=replica)}
 
 
@@ -142,14 +142,15 @@ def _rng_state(engine: Engine) -> ShardedObject:
     return ShardedObject(
         "rng_state",
         state,
-        (topology.pp_size, topology.tp_size, topology.dp_size),
-        (topology.pp_rank, topology.tp_rank, topology.dp_rank),
+        (topology.pp_size, topology.tp_size, topology.dp_cp_group.size()),
+        (topology.pp_rank, topology.tp_rank, topology.dp_cp_group.rank()),
         replica_id=0,
     )
 
 
 def _layout(engine: Engine) -> list[int]:
-    return [engine.topology.tp_size, engine.topology.pp_size, engine.topology.dp_size]
+    topology = engine.topology
+    return [topology.tp_size, topology.pp_size, topology.cp_size, topology.dp_size]
 
 
 def identity(config: Config, vocab_size: int) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _features(
     if processor is None or not topology.on_first_stage:
         return None
     grids = [processor.grid(*image.size) for image in images]
-    start, stop = image_shares(grids, topology.tp_size)[topology.tp_rank]
+    start, stop = image_shares(grids, topology.num_shares)[topology.share]
     pixels = processor(images[start:stop]).to(topology.device)
     return network.chunks[0].encode_images(pixels, grids[start:stop])
 
@@ -109,7 +109,7 @@ def _forward(network: Network, samples: list[EncodedSample], features: torch.Ten
         None,
         total,
         geometry=network.geometry,
-        tp_size=topology.tp_size,
+        num_shares=topology.num_shares,
         device=topology.device,
         features=features,
     )

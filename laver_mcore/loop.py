@@ -150,12 +150,12 @@ def train(engine: Engine, data: DialogueData, progress: Progress, metrics: Metri
     steps = data.iterate(
         first,
         first + total - progress.iteration,
-        exchange=connect(topology.mp_group),
+        exchange=connect(topology.replica_group),
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
-        image_share=(topology.tp_rank, topology.tp_size) if topology.on_first_stage else None,
+        image_share=(topology.share, topology.num_shares) if topology.on_first_stage else None,
     )
     fingerprint = data.fingerprint()
     saved = progress.iteration

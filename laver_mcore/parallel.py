@@ -23,13 +23,33 @@ class Topology:
     pp_rank: int
     pp_size: int
     vp_size: int | None
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     mp_group: dist.ProcessGroup
+    """Tensor x pipeline: the ranks that together hold each weight once."""
+    tp_cp_group: dist.ProcessGroup
+    """Ranks of one pipeline stage that hold the same batches, and share out their images."""
+    dp_cp_group: dist.ProcessGroup
+    """Ranks that hold the same weights and sum their gradients."""
+    replica_group: dist.ProcessGroup
+    """All ranks that hold the same batches: tensor x context x pipeline."""
     device: torch.device
+
+    @property
+    def num_shares(self) -> int:
+        """Ranks of the first stage among which a micro-batch's images are shared out."""
+        return self.tp_cp_group.size()
+
+    @property
+    def share(self) -> int:
+        """Which share of the images is this rank's."""
+        return self.tp_cp_group.rank()
 
     @property
     def num_chunks(self) -> int:
@@ -88,6 +108,7 @@ def build_topology(config: ParallelConfig, device: torch.device) -> Topology:
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.num_virtual_stages_per_pipeline_rank,
+        context_parallel_size=config.context_parallel_size,
         create_gloo_process_groups=device.type != "meta",  # a pretended world has nobody to connect to
     )
     if device.type == "cuda":
@@ -102,14 +123,36 @@ def build_topology(config: ParallelConfig, device: torch.device) -> Topology:
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
         pp_size=mpu.get_pipeline_model_parallel_world_size(),
         vp_size=config.num_virtual_stages_per_pipeline_rank,
+        cp_rank=mpu.get_context_parallel_rank(),
+        cp_size=mpu.get_context_parallel_world_size(),
         dp_rank=mpu.get_data_parallel_rank(),
         dp_size=mpu.get_data_parallel_world_size(),
         tp_group=mpu.get_tensor_model_parallel_group(),
         pp_group=mpu.get_pipeline_model_parallel_group(),
+        cp_group=mpu.get_context_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
         mp_group=mpu.get_model_parallel_group(),
+        tp_cp_group=mpu.get_tensor_and_context_parallel_group(),
+        dp_cp_group=mpu.get_data_parallel_group(with_context_parallel=True),
+        replica_group=_replica_group(config),
         device=device,
     )
+
+
+def _replica_group(config: ParallelConfig) -> dist.ProcessGroup:
+    """The ranks with this rank's batches; Megatron's own model-parallel group leaves context parallelism out."""
+    if config.context_parallel_size == 1:
+        return mpu.get_model_parallel_group()
+    stage = config.tensor_model_parallel_size * config.context_parallel_size
+    dp_size = mpu.get_data_parallel_world_size()
+    # Megatron counts ranks through tensor, context, data and pipeline dimensions, in this order.
+    replicas = [
+        [rank for rank in range(dist.get_world_size()) if rank // stage % dp_size == replica]
+        for replica in range(dp_size)
+    ]
+    group, _ = dist.new_subgroups_by_enumeration(replicas)
+    assert group is not None
+    return group
 
 
 def shut_down() -> None:

@@ -149,8 +149,8 @@ def _announce(engine: Engine, kernels: str, num_samples: int, report: Any) -> No
     lines = [
         f"{config.model.model}: {num_samples:,} dialogues, {config.train.train_iters:,} iterations of "
         f"{config.train.global_batch_size} rows x {config.data.seq_length} tokens",
-        f"TP {topology.tp_size} x PP {topology.pp_size} x DP {topology.dp_size} on {topology.device.type}, "
-        f"kernels: {kernels}, LaVer {'on' if config.laver.laver else 'off'}",
+        f"TP {topology.tp_size} x PP {topology.pp_size} x CP {topology.cp_size} x DP {topology.dp_size} on "
+        f"{topology.device.type}, kernels: {kernels}, LaVer {'on' if config.laver.laver else 'off'}",
         format_trainable(report.trainable),
     ]
     if report.fresh:

@@ -107,7 +107,12 @@ def _micro_batch_sums(item: _MicroBatch, output: LaverOutput, engine: Engine) ->
     impl = config.train.kernels
     zero = output.dialogue_TD.new_zeros((), dtype=torch.float32)
     lm = next_token_sum(
-        output, item.batch, vocab_size=engine.vocab_size, tp_group=engine.topology.tp_group, impl=impl
+        output,
+        item.batch,
+        vocab_size=engine.vocab_size,
+        tp_group=engine.topology.tp_group,
+        share=(engine.topology.cp_rank, engine.topology.cp_size),
+        impl=impl,
     )
     mim = gram = zero
     if output.student_NK is not None:
@@ -132,7 +137,9 @@ def _micro_batch_sums(item: _MicroBatch, output: LaverOutput, engine: Engine) ->
                 impl=impl,
             )
     visual_ND = output.dialogue_TD.detach().index_select(0, item.inputs.visual_rows_N)
-    return [lm, mim, gram, similarity_sum(visual_ND, item.image_lengths)]
+    similarity = similarity_sum(visual_ND, item.image_lengths)
+    # Context-parallel ranks share the LM head out by rows; all else is the same on each of them, and is summed.
+    return [lm, *(total / engine.topology.cp_size for total in (mim, gram, similarity))]
 
 
 def train_step(
@@ -151,7 +158,7 @@ def train_step(
                 mask,
                 num_rows,
                 geometry=engine.geometry,
-                tp_size=engine.topology.tp_size,
+                num_shares=engine.topology.num_shares,
                 device=device,
             ),
             batch=replace(batch, pixels=None).to(device, non_blocking=True),
@@ -203,7 +210,7 @@ def _reduce_losses(collected: list[torch.Tensor], engine: Engine) -> torch.Tenso
     if not engine.topology.on_last_stage:
         return None
     losses = torch.stack(collected).sum(0)
-    dist.all_reduce(losses, group=engine.topology.dp_group)
+    dist.all_reduce(losses, group=engine.topology.dp_cp_group)
     return losses
 
 

@@ -64,15 +64,30 @@ def _check_parallel(config: Config) -> None:
         virtual is None or (virtual > 1 and pp > 1),
         f"num_virtual_stages_per_pipeline_rank={virtual} needs a value above 1 and pipeline_model_parallel_size > 1",
     )
-    rows = train.micro_batch_size * config.data.seq_length
+    rows, cp = train.micro_batch_size * config.data.seq_length, parallel.context_parallel_size
     _require(
-        config.data.pad_to_multiple % tp == 0 and rows % tp == 0,
+        config.data.pad_to_multiple % (tp * cp) == 0 and rows % (tp * cp) == 0,
         f"pad_to_multiple={config.data.pad_to_multiple} and micro_batch_size x seq_length={rows} "
-        f"must be divisible by tensor_model_parallel_size={tp}",
+        f"must be divisible by tensor_model_parallel_size x context_parallel_size = {tp * cp}",
     )
     _require(
         parallel.recompute_granularity == "full" or parallel.recompute_method is None,
         f"recompute_method={parallel.recompute_method} needs recompute_granularity=full",
+    )
+
+
+def _check_context_parallel(config: Config) -> None:
+    """Inside attention context parallelism shares out heads, so their numbers decide what is possible."""
+    cp, tp = config.parallel.context_parallel_size, config.parallel.tensor_model_parallel_size
+    _require(cp >= 1, f"context_parallel_size={cp} must be at least 1")
+    heads, groups = config.model.num_attention_heads, config.model.num_query_groups
+    assert heads and groups
+    heads, groups = heads // tp, groups // tp
+    fitting = [c for c in range(1, heads + 1) if heads % c == 0 and (groups % c == 0 or c % groups == 0)]
+    _require(
+        cp in fitting,
+        f"context_parallel_size={cp} cannot share {heads} query and {groups} key/value heads of each tensor-parallel "
+        f"rank evenly; use {', '.join(map(str, fitting))}",
     )
 
 
@@ -161,15 +176,17 @@ def check(config: Config) -> None:
     _check_objective(config)
     _check_model(config)
     _check_parallel(config)
+    _check_context_parallel(config)
 
 
 def check_world(config: Config, world_size: int) -> int:
     """Return the data-parallel size that `world_size` ranks give, or raise `ConfigError`."""
     parallel, train = config.parallel, config.train
     model_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    model_size *= parallel.context_parallel_size
     _require(
         world_size % model_size == 0,
-        f"world size {world_size} is not divisible by tensor x pipeline parallel size {model_size}; "
+        f"world size {world_size} is not divisible by tensor x pipeline x context parallel size {model_size}; "
         f"start {model_size} ranks or a multiple (torchrun --nproc-per-node {model_size})",
     )
     dp = world_size // model_size

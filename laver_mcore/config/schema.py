@@ -171,6 +171,8 @@ class ParallelConfig:
     """Ranks that share the stack of layers."""
     num_virtual_stages_per_pipeline_rank: int | None = None
     """Model chunks per pipeline rank: the interleaved schedule."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence between them (Ulysses): its rows, and inside attention its heads."""
     sequence_parallel: bool = False
     """Also share norms and residuals along the sequence, over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False

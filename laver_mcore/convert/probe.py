@@ -45,7 +45,7 @@ def probe(
     """Run `batch` through all stages without gradients; all ranks take part and receive the same `Probe`."""
     num_rows = -(-len(batch.tokens_T) // topology.tp_size) * topology.tp_size
     inputs = model_inputs(
-        batch, None, num_rows, geometry=geometry, tp_size=topology.tp_size, device=topology.device
+        batch, None, num_rows, geometry=geometry, num_shares=topology.num_shares, device=topology.device
     )
     captured: dict[int, torch.Tensor] = {}
     hooks = [_capture(layer, captured) for chunk in chunks for layer in chunk.decoder.layers]  # type: ignore[union-attr]

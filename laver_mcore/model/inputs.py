@@ -21,7 +21,7 @@ class ModelInputs:
     """One pass over [dialogue | reconstruction]; either part may be empty.
 
     On ranks that do not encode images `pixels` is None. `share_grids` are the token grids of the images that each
-    tensor-parallel rank of the first stage encodes, in image order.
+    rank of the first stage (tensor x context parallel) encodes, in image order.
     """
 
     packed: PackedLayout
@@ -44,7 +44,7 @@ class ModelInputs:
 
     @property
     def share_counts(self) -> tuple[int, ...]:
-        """Visual tokens that each tensor-parallel rank of the first stage contributes."""
+        """Visual tokens that each rank of the first stage contributes."""
         return tuple(sum(h * w for h, w in grids) for grids in self.share_grids)
 
 
@@ -115,9 +115,9 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def share_grids(batch: Batch, tp_size: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Token grids of the images that each tensor-parallel rank encodes."""
-    return tuple(batch.image_grids[start:stop] for start, stop in image_shares(batch.image_grids, tp_size))
+def share_grids(batch: Batch, num_shares: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Token grids of the images that each rank of the first stage encodes."""
+    return tuple(batch.image_grids[start:stop] for start, stop in image_shares(batch.image_grids, num_shares))
 
 
 def num_student_rows(batch: Batch, reconstruct: bool, pad_to_multiple: int) -> int:
@@ -132,7 +132,7 @@ def model_inputs(
     num_rows: int,
     *,
     geometry: AttentionGeometry,
-    tp_size: int,
+    num_shares: int,
     device: torch.device,
     features: torch.Tensor | None = None,
 ) -> ModelInputs:
@@ -152,7 +152,7 @@ def model_inputs(
         visual_rows_N=batch.visual_rows_N.to(device, non_blocking=True),
         pixels=None if batch.pixels is None else batch.pixels.to(device, non_blocking=True),
         features=features,
-        share_grids=share_grids(batch, tp_size),
+        share_grids=share_grids(batch, num_shares),
         reconstruct=masked_N is not None,
         masked_N=None if masked_N is None else torch.from_numpy(masked_N).to(device, non_blocking=True),
     )

@@ -86,7 +86,11 @@ class LaverModel(MegatronModule):
         self.pre_process = topology.on_first_stage and not vp_stage
         self.post_process = topology.on_last_stage and last_chunk
         self.share_embeddings_and_output_weights = not config.model.untie_embeddings_and_output_weights
-        self.tp_group = topology.tp_group
+        self.tp_group, self.cp_group, self.tp_cp_group = (
+            topology.tp_group,
+            topology.cp_group,
+            topology.tp_cp_group,
+        )
         self.model_type = ModelType.encoder_or_decoder  # asked for by Megatron's schedules
         device = torch.device(torch.cuda.current_device())
         self.language_model = GPTModel(
@@ -177,9 +181,9 @@ class LaverModel(MegatronModule):
         features = inputs.features
         if features is None:
             assert inputs.pixels is not None
-            features = self.encode_images(inputs.pixels, inputs.share_grids[self.tp_group.rank()])
+            features = self.encode_images(inputs.pixels, inputs.share_grids[self.tp_cp_group.rank()])
         local_nD = self.connector(features.to(self.config.params_dtype))
-        return gather_shares(local_nD, inputs.share_counts, self.tp_group)
+        return gather_shares(local_nD, inputs.share_counts, self.tp_cp_group, self.cp_group)
 
     def _embed(self, inputs: ModelInputs, visual_ND: torch.Tensor | None) -> torch.Tensor:
         """Rows of the student's pass [S, D]: text, visual tokens at their places, reconstruction, padding."""
@@ -208,16 +212,22 @@ class LaverModel(MegatronModule):
         assert self._received is not None
         if not with_teacher:
             return self._received, None
-        share = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        share = self.cp_group.size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
         rows, teacher_rows = self._received.split(
             [inputs.num_rows // share, inputs.num_reconstruction // share]
         )
         return rows, teacher_rows
 
     def _decode(self, rows: torch.Tensor, packed: PackedLayout) -> torch.Tensor:
-        """This chunk's layers: embedded rows [S, D], or the previous stage's [S (/ TP), 1, D] -> [S (/ TP), 1, D]."""
+        """This chunk's layers: embedded rows [S, D], or the previous stage's [s, 1, D] -> [s, 1, D].
+
+        s = S / CP, and / TP under sequence parallelism.
+        """
         hidden = None
         if self.pre_process:
+            length = len(rows) // self.cp_group.size()
+            # A plain cut: its gradient is zero elsewhere, and gradients are summed over context-parallel ranks.
+            rows = rows.narrow(0, self.cp_group.rank() * length, length)
             hidden = scatter_to_sequence_parallel_region(rows) if self.config.sequence_parallel else rows
             hidden = hidden[:, None]
         else:
@@ -227,11 +237,14 @@ class LaverModel(MegatronModule):
         )
 
     def _whole(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Rows of the last stage [S, D], the same on every tensor-parallel rank."""
+        """Rows of the last stage [S, D], the same on every tensor- and context-parallel rank."""
         hidden_SD = hidden[:, 0]
         if self.config.sequence_parallel:
             # Every TP rank computes the same losses from the same rows, so each keeps its own slice of the gradient.
             hidden_SD = gather_from_sequence_parallel_region(hidden_SD, tensor_parallel_output_grad=False)
+        if self.cp_group.size() > 1:
+            # Context-parallel ranks share the losses out among them, so gradients are summed.
+            hidden_SD = gather_from_sequence_parallel_region(hidden_SD, group=self.cp_group)
         return hidden_SD
 
     def _teach(self, inputs: ModelInputs, rows: torch.Tensor) -> torch.Tensor:

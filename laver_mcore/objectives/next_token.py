@@ -9,13 +9,20 @@ from laver_mcore.model.laver import LaverOutput
 
 
 def next_token_sum(
-    output: LaverOutput, batch: Batch, *, vocab_size: int, tp_group: ProcessGroup, impl: str = "auto"
+    output: LaverOutput,
+    batch: Batch,
+    *,
+    vocab_size: int,
+    tp_group: ProcessGroup,
+    share: tuple[int, int] = (0, 1),
+    impl: str = "auto",
 ) -> torch.Tensor:
     """Summed cross-entropy over supervised tokens, fp32 scalar; the LM head runs on those rows alone.
 
-    `batch` is on the device; `vocab_size` is the one before padding.
+    `batch` is on the device; `vocab_size` is the one before padding. `share` = (i, n) takes the i-th of n parts of the
+    supervised rows; the sums of all parts add up.
     """
-    rows = batch.supervised_rows_M
+    rows = batch.supervised_rows_M.tensor_split(share[1])[share[0]]
     weight_VD = output.output_weight_VD
     return linear_cross_entropy(
         output.dialogue_TD.index_select(0, rows),

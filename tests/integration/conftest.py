@@ -27,6 +27,17 @@ LAYOUTS: dict[str, tuple[int, str]] = {
         4,
         "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer --recompute-granularity full",
     ),
+    "cp2": (2, "--context-parallel-size 2"),
+    "cp2_distributed": (
+        2,
+        "--context-parallel-size 2 --use-distributed-optimizer --recompute-granularity full",
+    ),
+    "cp2_tp2_sp": (4, "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
+    "cp2_pp2_distributed": (
+        4,
+        "--context-parallel-size 2 --pipeline-model-parallel-size 2 --use-distributed-optimizer",
+    ),
+    "cp4": (4, "--context-parallel-size 4"),
     "dp2_pp2_distributed": (4, "--pipeline-model-parallel-size 2 --use-distributed-optimizer"),
 }
 

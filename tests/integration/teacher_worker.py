@@ -18,7 +18,7 @@ class PlainAverage:
         self.averages: dict = {}
         self.names: dict = {}
 
-    def __call__(self, engine, batches, knobs):
+    def __call__(self, engine, batches, knobs, *timers):
         from laver_mcore.model.parameters import named_parameters
         from laver_mcore.model.teacher import AVERAGED
 
@@ -26,7 +26,7 @@ class PlainAverage:
             items = named_parameters(engine.chunks, engine.topology)
             self.names = {i.parameter: i.name for i in items if i.name.startswith(AVERAGED)}
             self.averages = {p: p.detach().double().clone() for p in self.names}
-        result = self._train_step(engine, batches, knobs)
+        result = self._train_step(engine, batches, knobs, *timers)
         for parameter, average in self.averages.items():
             average.lerp_(parameter.detach().double(), 1.0 - knobs.momentum)
         return result

@@ -49,9 +49,9 @@ def topology():
     if not joined:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     group = dist.new_group([dist.get_rank()])
-    sizes = dict(world_size=1, tp_size=1, pp_size=1, dp_size=1, vp_size=None)
-    ranks = dict(rank=0, tp_rank=0, pp_rank=0, dp_rank=0)
-    groups = dict(tp_group=group, pp_group=group, dp_group=group, mp_group=group)
+    sizes = dict(world_size=1, tp_size=1, pp_size=1, cp_size=1, dp_size=1, vp_size=None)
+    ranks = dict(rank=0, tp_rank=0, pp_rank=0, cp_rank=0, dp_rank=0)
+    groups = {f"{name}_group": group for name in ("tp", "pp", "cp", "dp", "mp", "tp_cp", "dp_cp", "replica")}
     yield Topology(**sizes, **ranks, **groups, device=torch.device("cpu"))
     if not joined:
         dist.destroy_process_group()
