@@ -68,10 +68,35 @@ def test_compile_without_graph_breaks(name, device):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+def test_compile_with_other_image_lengths(device):
+    """A second tuple of lengths makes torch.compile think of them as symbols; the tile lists are for numbers."""
+    teacher = torch.randn(20, 16, device=device)
+
+    def call(z, first, second):
+        return gram_loss(z, teacher, (first, second), impl="triton")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    z = torch.randn(20, 16, device=device)
+    for lengths in ((12, 8), (10, 10), (3, 17)):
+        torch.testing.assert_close(compiled(z, *lengths), call(z, *lengths), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_activation_recompute(name, device):
+def test_activation_recompute(name, use_reentrant, device):
     inputs, call = OPERATIONS[name](device)
-    recomputed = _run(inputs, lambda *xs: checkpoint(call, *xs, use_reentrant=False))
+
+    def again(*xs):
+        return checkpoint(call, *xs, use_reentrant=use_reentrant)
+
+    if use_reentrant:  # it knows no autograd.grad
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        out = again(*leaves)
+        out.sum().backward()
+        recomputed = [out.detach(), *(leaf.grad for leaf in leaves)]
+    else:
+        recomputed = _run(inputs, again)
     for got, want in zip(recomputed, _run(inputs, call), strict=True):
         assert torch.equal(got, want)
 
