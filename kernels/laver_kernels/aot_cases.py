@@ -103,11 +103,14 @@ def gram_cases(arch: str) -> list[Case]:
             "gram norms", arch, inverse_norms, "*bf16 *bf16 *fp32 *fp32 i32 i32 i32",
             {"WIDTH_STEP": 2048}, Tile(rows=1, columns=2048), is_matmul=False,
         ),
-        make_case(
-            "gram forward", arch, gram_forward,
-            "*bf16 *bf16 *fp32 *fp32 *bf16 *fp32 *fp32 *i32 *i32 *i32 *i64 i32 i32 i32 i32",
-            {"BLOCK": forward.rows, "DEPTH": forward.depth, "CLIP": True, "WANT_GRAD": True, "MIRROR": True,
-             "EVEN": True} | precision, forward,
+        *(
+            make_case(
+                name, arch, gram_forward,
+                "*bf16 *bf16 *fp32 *fp32 *bf16 *fp32 *fp32 *i32 *i32 *i32 *i64 i32 i32 i32 i32",
+                {"BLOCK": forward.rows, "DEPTH": forward.depth, "CLIP": True, "WANT_GRAD": True,
+                 "MIRROR": mirror, "EVEN": True} | precision, forward,
+            )
+            for name, mirror in (("gram forward", True), ("gram forward slab", False))
         ),
         make_case(
             "gram backward", arch, gram_backward,
