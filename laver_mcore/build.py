@@ -152,6 +152,7 @@ def _wrap(config: Config, chunks: list[LaverModel]) -> list[DistributedDataParal
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
     mcore = chunks[0].config

@@ -176,6 +176,9 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
         shutil.rmtree(folder, ignore_errors=True)  # left by a save that was cut short
         folder.mkdir(parents=True)
     dist.barrier()
+    if engine.config.parallel.overlap_param_gather:
+        for wrapped in engine.models:
+            wrapped.start_param_sync(force_sync=True)
     model = _model_state(engine.chunks)
     state = {
         **model,

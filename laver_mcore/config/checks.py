@@ -71,6 +71,11 @@ def _check_parallel(config: Config) -> None:
         f"must be divisible by tensor_model_parallel_size x context_parallel_size = {tp * cp}",
     )
     _require(
+        not parallel.overlap_param_gather
+        or (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce),
+        "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce; add both, or drop it",
+    )
+    _require(
         parallel.recompute_granularity == "full" or parallel.recompute_method is None,
         f"recompute_method={parallel.recompute_method} needs recompute_granularity=full",
     )

@@ -179,6 +179,8 @@ class ParallelConfig:
     """Shard optimizer state and fp32 masters over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass is running."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass is running."""
     recompute_granularity: Literal["selective", "full"] | None = None
     """Recompute attention (selective) or whole layers (full) in the backward pass."""
     recompute_method: Literal["uniform", "block"] | None = None

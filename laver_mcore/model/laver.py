@@ -165,6 +165,10 @@ class LaverModel(MegatronModule):
 
     def output_weight(self) -> torch.Tensor:
         """The LM head's weight shard [V, D], tied or not."""
+        head = self.language_model.output_layer
+        if head is not None:
+            for hook in list(head._forward_pre_hooks.values()):
+                hook(head, ())  # the module is never called, but its weight may still be on its way here
         if self.share_embeddings_and_output_weights:
             return self.language_model.shared_embedding_or_output_weight()
         return self.language_model.output_layer.weight

@@ -27,6 +27,10 @@ LAYOUTS: dict[str, tuple[int, str]] = {
         4,
         "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer --recompute-granularity full",
     ),
+    "dp2_distributed_overlap": (
+        2,
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
     "cp2": (2, "--context-parallel-size 2"),
     "cp2_distributed": (
         2,

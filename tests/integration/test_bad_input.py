@@ -45,6 +45,15 @@ COMMAND_LINES: dict[str, tuple[str, str]] = {
         "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3",
         "num_layers=4 is not divisible by 6 pipeline chunks",
     ),
+    "context_parallel_heads": (
+        "--context-parallel-size 3",
+        "context_parallel_size=3 cannot share 4 query and 2 key/value heads of each tensor-parallel rank evenly; "
+        "use 1, 2, 4",
+    ),
+    "param_gather_alone": (
+        "--overlap-param-gather",
+        "needs use_distributed_optimizer and overlap_grad_reduce",
+    ),
     "sequence_parallel_alone": ("--sequence-parallel", "needs tensor_model_parallel_size > 1"),
     "unknown_preset": ("--model qwen2.5-8b", "'qwen2.5-8b' is no preset; did you mean 'qwen2.5-"),
     "mask_ratio_out_of_range": ("--mask-ratio 1.5", "mask_ratio=1.5 is not between 0 and 1"),

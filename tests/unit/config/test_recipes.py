@@ -57,6 +57,9 @@ QWEN = {
     "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 151936, True),
     "qwen2.5-3b": (36, 2048, 11008, 16, 2, 151936, True),
     "qwen2.5-7b": (28, 3584, 18944, 28, 4, 152064, False),
+    "qwen2.5-14b": (48, 5120, 13824, 40, 8, 152064, False),
+    "qwen2.5-32b": (64, 5120, 27648, 40, 8, 152064, False),
+    "qwen2.5-72b": (80, 8192, 29568, 64, 8, 152064, False),
 }
 
 # Ranks, flags -> data-parallel size, or words of the refusal.
@@ -64,6 +67,7 @@ WORLDS = {
     "one": (1, "", 1),
     "data_parallel": (4, "", 4),
     "tensor_parallel": (4, "--tensor-model-parallel-size 2", 2),
+    "context_parallel": (8, "--tensor-model-parallel-size 2 --context-parallel-size 2", 2),
     "does_not_divide": (3, "--tensor-model-parallel-size 2", "world size 3 is not divisible by"),
     "batch_does_not_divide": (
         8,
