@@ -34,12 +34,15 @@ SYSTEM_SITE_PACKAGES ?=
 LINTED := .
 SHELL_SCRIPTS := .ci/run $(wildcard examples/*/*.sh examples/*/*.sbatch)
 
-.PHONY: help setup demo test lint format typecheck shellcheck aot bench bench-training gpu-test clean
+.PHONY: help setup setup-data demo test lint format typecheck shellcheck aot bench bench-training gpu-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMPS)/installed ## the environment in .venv
+	@:
+
+setup-data: setup $(STAMPS)/data ## the same with DALI, pyarrow and webdataset (800 MB): no data test is skipped
 	@:
 
 demo: setup ## prepare the data, train three stages, evaluate, write runs/demo/report.md
@@ -119,4 +122,9 @@ $(STAMPS)/requirements: $(STAMPS)/torch requirements/base.txt requirements/dev.t
 $(STAMPS)/installed: $(STAMPS)/requirements setup.py pyproject.toml kernels/pyproject.toml
 	@echo "setup: laver_kernels and laver_mcore, editable"
 	@$(PIP) install --no-deps --no-build-isolation --editable kernels --editable .
+	@touch $@
+
+$(STAMPS)/data: $(STAMPS)/requirements requirements/data.txt
+	@echo "setup: DALI, pyarrow and webdataset"
+	@$(PIP) install --requirement requirements/data.txt
 	@touch $@
