@@ -30,7 +30,12 @@ class Closed(Exception):
 
 
 class Exchange(Protocol):
-    """Between ranks; every rank makes the same calls in the same order, `share` from one thread, `gather` from one."""
+    """Between ranks; every rank makes the same calls in the same order, `share` from one thread, `gather` from one.
+
+    `reads`: whether this rank is the one whose `make` is called.
+    """
+
+    reads: bool
 
     def share(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first rank of this model replica; the others do not call it.
@@ -47,6 +52,8 @@ class Exchange(Protocol):
 
 class Alone:
     """A run of one rank."""
+
+    reads = True
 
     def share(self, make: Callable[[], T]) -> T:
         return make()
@@ -77,6 +84,7 @@ def connect(replica: dist.ProcessGroup) -> Exchange:
 class _Gloo:
     def __init__(self, world: dist.ProcessGroup, replica: dist.ProcessGroup) -> None:
         self._world, self._replica = world, replica
+        self.reads = replica.rank() == 0
         self._closing = threading.Event()
 
     def share(self, make: Callable[[], T]) -> T:
@@ -84,7 +92,7 @@ class _Gloo:
             return make()
         made: tuple[Any, Exception | None] | None = None
         payload = torch.empty(0, dtype=torch.uint8)
-        if self._replica.rank() == 0:
+        if self.reads:
             made = _outcome(make)
             payload = _pack(made)
         size = torch.tensor([len(payload)])

@@ -171,10 +171,11 @@ class DialogueData:
         """
         plan = StepLayout(**layout)
         plan.check()  # before any process starts
-        runner: Runner = self._inline()
-        if self._num_workers:
+        exchange, runner = exchange or Alone(), self._inline()
+        has_images = self._make_pixels is not None and plan.image_share is not None
+        if self._num_workers and (exchange.reads or has_images):
             runner = WorkerPool(self._task, self._num_workers, self._worker_timeout)
-        maker = self._maker(plan, runner, exchange or Alone())
+        maker = self._maker(plan, runner, exchange)
         ahead = Ahead(maker, end_step, prefetch_steps, self._copies)
         try:
             for step in range(start_step, end_step):

@@ -51,3 +51,21 @@ def test_every_layout_silences_the_same_samples(name, runs):
     for expected, got in zip(read_metrics(runs / "plain"), read_metrics(runs / name), strict=True):
         for loss in ("lm_loss", "mim_loss", "gram_loss"):
             assert got[loss] == pytest.approx(expected[loss], rel=2e-3), (got["iteration"], loss)
+
+
+def test_too_many_bad_samples_stop_every_rank(tmp_path):
+    """Data-parallel ranks stop at the same step with the same error, and both go on to the next run."""
+    write_sample_data(tmp_path)
+    recipe = write_recipe(tmp_path)
+    for path in sorted(tmp_path.glob("*_0.png"))[::3]:
+        path.write_bytes(path.read_bytes()[:60])  # only decoding finds out
+    argv = ("--config", str(recipe), "--train-iters", "30")
+    stopped = Scenario(name="stopped", argv=argv, may_fail=True)
+    after = Scenario(name="after", argv=(*argv[:2], "--train-iters", "2", "--max-bad-fraction", "1.0"))
+    run_scenarios(2, tmp_path, [stopped, after])
+    error = (tmp_path / "stopped.error").read_text()
+    assert "more than max_bad_fraction=0.1" in error
+    assert 0 < len(read_metrics(tmp_path / "stopped")) < 30
+    assert len(read_metrics(tmp_path / "after")) == 2
+    listed = [json.loads(line) for line in (tmp_path / "stopped/quarantine.jsonl").read_text().splitlines()]
+    assert len({entry["sample"] for entry in listed}) == len(listed) > 8

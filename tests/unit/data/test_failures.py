@@ -101,6 +101,7 @@ class Threads:
 
     def __init__(self, board, rank, replica_size=2):
         self._board, self._rank, self._size = board, rank, replica_size
+        self.reads = rank % replica_size == 0
         self.num_reads = 0
 
     def share(self, make):
