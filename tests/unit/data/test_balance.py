@@ -76,7 +76,6 @@ def by_hand(document, laver=True, mixed_attention=True, gram="cga"):
         if kind == "image" and laver:
             seen = size**2 if mixed_attention else size * (size + 1) / 2
             total += size * (3 + 1) * (token + head) + seen * (3.5 + 1) * pair  # student and teacher
-            total += size * connector  # once more, for the teacher
             total += 0 if gram == "off" else size**2 * 16 * (1 / 2 + 1 / 2 + 1)  # two triangles, one gradient
     return total / (3 * token)
 
