@@ -1,6 +1,7 @@
 """The training loop: data -> step -> metrics -> checkpoint, until the last iteration."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,8 +142,17 @@ def _data_start(engine: Engine, progress: Progress) -> int:
     return progress.consumed_rows // batch
 
 
-def train(engine: Engine, data: DialogueData, progress: Progress, metrics: Metrics | None) -> Progress:
-    """Run from `progress` to the end (or `exit_interval`), saving as the recipe asks; returns where it stopped."""
+def train(
+    engine: Engine,
+    data: DialogueData,
+    progress: Progress,
+    metrics: Metrics | None,
+    told_to_stop: Callable[[], bool] = lambda: False,
+) -> Progress:
+    """Run from `progress` to the end (or `exit_interval`), saving as the recipe asks; returns where it stopped.
+
+    `told_to_stop` is asked once a step on every rank and gives all of them the same answer; the run then ends early.
+    """
     config, topology = engine.config, engine.topology
     total = config.train.train_iters
     state = RunState(progress=progress)
@@ -167,7 +177,7 @@ def train(engine: Engine, data: DialogueData, progress: Progress, metrics: Metri
         interval.add(result)
         state = _after(state, result, knobs, engine)
         iteration = state.progress.iteration
-        exiting = iteration == total or _due(iteration, config.run.exit_interval)
+        exiting = iteration == total or _due(iteration, config.run.exit_interval) or told_to_stop()
         profiler.end(iteration, exiting=exiting)
         if metrics is not None and _due(iteration, config.run.log_interval):
             row = metrics_row(state, result, knobs, engine)

@@ -1,5 +1,6 @@
 """A training run from beginning to end: join, validate, build, resume, train, leave."""
 
+import contextlib
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from laver_mcore.config.checks import ConfigError, check_world
 from laver_mcore.config.load import to_yaml
 from laver_mcore.config.schema import Config
 from laver_mcore.engine import Engine
+from laver_mcore.exit_signal import ExitSignal
 from laver_mcore.loop import train
 from laver_mcore.metrics import Metrics
 from laver_mcore.model.parameters import format_trainable
@@ -137,7 +139,14 @@ def train_run(config: Config, device: torch.device) -> Engine:
         (Path(config.run.save) / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     metrics = Metrics(config, progress.iteration) if topology.is_last_rank else None
     try:
-        train(engine, data, progress, metrics)
+        with ExitSignal() if config.run.exit_signal_handler else contextlib.nullcontext() as exit_signal:
+            told = exit_signal.received if exit_signal is not None else lambda: False
+            stopped = train(engine, data, progress, metrics, told)
+        if exit_signal is not None and exit_signal.seen:
+            where = (
+                f"saved in {config.run.save}" if config.run.save else "nothing saved, for there is no --save"
+            )
+            _say(f"told to stop after iteration {stopped.iteration}: {where}", topology.is_last_rank)
     finally:
         if metrics is not None:
             metrics.close()

@@ -255,6 +255,8 @@ class RunConfig:
     """Iterations between checkpoints; one is always written at the end."""
     exit_interval: int | None = None
     """Stop (after saving) at the first iteration divisible by this; the schedules still span train_iters."""
+    exit_signal_handler: bool = False
+    """On SIGTERM finish the step, save and exit with status 0, on all ranks; otherwise the run ends at once."""
     log_interval: int = 1
     """Iterations between metrics lines."""
     tensorboard: bool = True
