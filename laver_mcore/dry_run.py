@@ -15,7 +15,6 @@ from laver_mcore.accounting.flops import step_flops
 from laver_mcore.accounting.memory import rank_memory
 from laver_mcore.accounting.tables import memory_table
 from laver_mcore.accounting.typical import typical_mix, typical_work
-from laver_mcore.accounting.weights import list_weights
 from laver_mcore.build import build_chunks, build_data, build_tokenizer, resolve_vocab_size
 from laver_mcore.config.checks import check_world
 from laver_mcore.config.schema import Config
@@ -37,10 +36,11 @@ def _step_lines(config: Config, vocab_size: int, dp_size: int) -> list[str]:
     """Memory by pipeline rank, and a step's FLOPs, of a typical batch."""
     mix = typical_mix(config)
     work = typical_work(config, mix)
-    weights = list_weights(config, vocab_size)
     num_micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * dp_size)
     memories = [
-        rank_memory(config, weights, work, pp_rank=rank, dp_size=dp_size, num_micro_batches=num_micro_batches)
+        rank_memory(
+            config, vocab_size, work, pp_rank=rank, dp_size=dp_size, num_micro_batches=num_micro_batches
+        )
         for rank in range(config.parallel.pipeline_model_parallel_size)
     ]
     flops = step_flops(config, vocab_size, work).total

@@ -5,13 +5,14 @@ by tensor as Megatron's layers and this project's kernels save them (the princip
 arXiv 2205.05198; there are no attention matrices here).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 from laver_mcore.accounting.towers import tower_shape
-from laver_mcore.accounting.weights import EMBEDDING, HEAD, Weight
+from laver_mcore.accounting.weights import EMBEDDING, HEAD, Weight, list_weights
 from laver_mcore.accounting.work import StepWork
-from laver_mcore.config.schema import Config
+from laver_mcore.config.schema import Config, ParallelConfig, TrainConfig
 
 GRADIENT = 4
 """Bytes of a gradient: reduced and summed in fp32."""
@@ -60,36 +61,48 @@ class Held:
     """The largest single one that trains."""
 
 
-def stage_of(layer: int, config: Config) -> int:
-    """The pipeline rank that holds a decoder layer."""
+def holdings(config: Config, vocab_size: int) -> tuple[Held, ...]:
+    """What one tensor-parallel rank of each pipeline rank holds; `vocab_size` is the one before padding."""
     parallel = config.parallel
-    pp, vp = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank or 1
-    return layer // ((config.model.num_layers or 1) // (pp * vp)) % pp
+    # Layouts that a planner tries differ in much that does not matter here.
+    few = ParallelConfig(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        num_virtual_stages_per_pipeline_rank=parallel.num_virtual_stages_per_pipeline_rank,
+    )
+    trainable = TrainConfig(trainable=config.train.trainable)
+    return _holdings(replace(config, parallel=few, train=trainable), vocab_size)
 
 
-def held_by(config: Config, weights: Sequence[Weight], pp_rank: int) -> Held:
-    """What one tensor-parallel rank of pipeline rank `pp_rank` holds of `weights`."""
-    mine = [(w, w.size // (config.parallel.tensor_model_parallel_size if w.split else 1))
-            for w in _of_stage(config, weights, pp_rank)]  # fmt: skip
-    return Held(
-        all=sum(size for _, size in mine),
-        trainable=sum(size for w, size in mine if w.trains),
-        averaged=sum(size for w, size in mine if w.averaged) if config.laver.laver else 0,
-        largest=max((size for w, size in mine if w.trains), default=0),
+@functools.lru_cache(maxsize=16)
+def _holdings(config: Config, vocab_size: int) -> tuple[Held, ...]:
+    parallel = config.parallel
+    sizes: list[list[tuple[Weight, int]]] = [[] for _ in range(parallel.pipeline_model_parallel_size)]
+    tied = not config.model.untie_embeddings_and_output_weights
+    for weight in list_weights(config, vocab_size):
+        size = weight.size // (parallel.tensor_model_parallel_size if weight.split else 1)
+        stages = {_stage_of(weight, config)}
+        if tied and weight.name == EMBEDDING:
+            stages.add(len(sizes) - 1)  # the last stage holds a copy of a tied embedding
+        for stage in stages:
+            sizes[stage].append((weight, size))
+    return tuple(
+        Held(
+            all=sum(size for _, size in mine),
+            trainable=sum(size for w, size in mine if w.trains),
+            averaged=sum(size for w, size in mine if w.averaged) if config.laver.laver else 0,
+            largest=max((size for w, size in mine if w.trains), default=0),
+        )
+        for mine in sizes
     )
 
 
-def _of_stage(config: Config, weights: Sequence[Weight], pp_rank: int) -> Iterator[Weight]:
-    last = config.parallel.pipeline_model_parallel_size - 1
-    tied = not config.model.untie_embeddings_and_output_weights
-    for weight in weights:
-        if weight.place == "layer":
-            here = stage_of(weight.layer, config) == pp_rank
-        else:
-            here = pp_rank == (0 if weight.place == "first" else last)
-        # With tied embeddings the last stage holds a copy of the first stage's.
-        if here or (tied and weight.name == EMBEDDING and pp_rank == last):
-            yield weight
+def _stage_of(weight: Weight, config: Config) -> int:
+    """The pipeline rank that holds a weight."""
+    pp = config.parallel.pipeline_model_parallel_size
+    if weight.place != "layer":
+        return 0 if weight.place == "first" else pp - 1
+    return weight.layer // ((config.model.num_layers or 0) // _num_chunks(config)) % pp
 
 
 def state_bytes(config: Config, held: Held, dp_size: int) -> dict[str, int]:
@@ -110,7 +123,7 @@ def state_bytes(config: Config, held: Held, dp_size: int) -> dict[str, int]:
 
 def rank_memory(
     config: Config,
-    weights: Sequence[Weight],
+    vocab_size: int,
     work: StepWork,
     *,
     pp_rank: int,
@@ -118,7 +131,7 @@ def rank_memory(
     num_micro_batches: int,
 ) -> RankMemory:
     """Peak bytes on pipeline rank `pp_rank` of a step whose micro-batches hold `work` each."""
-    held = held_by(config, weights, pp_rank)
+    held, weights = holdings(config, vocab_size)[pp_rank], list_weights(config, vocab_size)
     element = 2 if config.train.bf16 else 4
     parallel = config.parallel
     last = pp_rank == parallel.pipeline_model_parallel_size - 1

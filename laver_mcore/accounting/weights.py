@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from laver_mcore.accounting.towers import tower_shape, tower_weights
-from laver_mcore.config.schema import Config, ModelConfig
+from laver_mcore.config.schema import Config, LaverConfig, ModelConfig, VisionConfig
 
 AVERAGED = ("language_model.", "vision_head.")
 """Parts that the EMA teacher averages."""
@@ -58,10 +58,18 @@ def list_weights(config: Config, vocab_size: int) -> tuple[Weight, ...]:
 
     A tied embedding appears once. `vocab_size` is the one before padding; the weights are padded.
     """
-    trainable = config.train.trainable
+    return _list_weights(
+        config.model, config.vision, config.laver, config.train.trainable, padded_vocab(vocab_size, config)
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _list_weights(
+    model: ModelConfig, vision: VisionConfig, laver: LaverConfig, trainable: tuple[str, ...], vocabulary: int
+) -> tuple[Weight, ...]:
     return tuple(
         Weight(name=name, shape=shape, trains=_matches(name, trainable), **rest)
-        for name, shape, rest in _entries(config, padded_vocab(vocab_size, config))
+        for name, shape, rest in _entries(model, vision, laver, vocabulary)
     )
 
 
@@ -70,8 +78,9 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _entries(config: Config, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...], dict]]:
-    model, vision, laver = config.model, config.vision, config.laver
+def _entries(
+    model: ModelConfig, vision: VisionConfig, laver: LaverConfig, vocabulary: int
+) -> Iterator[tuple[str, tuple[int, ...], dict]]:
     assert model.hidden_size and model.num_layers
     width = model.hidden_size
     inner = vision.connector_hidden_size or width

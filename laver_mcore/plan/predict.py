@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 
 from laver_mcore.accounting.devices import GIB, Gpu
 from laver_mcore.accounting.flops import ADAM_BYTES, EMA_BYTES, StepFlops, step_flops
-from laver_mcore.accounting.memory import GRADIENT, Held, RankMemory, held_by, rank_memory
+from laver_mcore.accounting.memory import GRADIENT, Held, RankMemory, holdings, rank_memory
 from laver_mcore.accounting.typical import Mix, typical_work
-from laver_mcore.accounting.weights import list_weights
 from laver_mcore.accounting.work import StepWork
 from laver_mcore.config.schema import Config
 from laver_mcore.plan.layouts import NODE, Layout
@@ -83,13 +82,17 @@ class Setting:
 def predict(config: Config, layout: Layout, setting: Setting) -> Prediction:
     """Predict `config`, to which `layout` has been applied already."""
     work = typical_work(config, setting.mix)
-    weights = list_weights(config, setting.vocab_size)
     num_micro_batches = config.train.global_batch_size // (layout.micro_batch * layout.dp)
     ranks = range(layout.pp)
-    held = [held_by(config, weights, rank) for rank in ranks]
+    held = holdings(config, setting.vocab_size)
     memory = [
         rank_memory(
-            config, weights, work, pp_rank=rank, dp_size=layout.dp, num_micro_batches=num_micro_batches
+            config,
+            setting.vocab_size,
+            work,
+            pp_rank=rank,
+            dp_size=layout.dp,
+            num_micro_batches=num_micro_batches,
         )
         for rank in ranks
     ]

@@ -7,8 +7,7 @@ import pytest
 from sample_run import write_recipe, write_sample_data
 
 from integration.harness import torchrun
-from laver_mcore.accounting.memory import chunks_in_flight, held_by, rank_memory, state_bytes
-from laver_mcore.accounting.weights import list_weights
+from laver_mcore.accounting.memory import chunks_in_flight, holdings, rank_memory, state_bytes
 from laver_mcore.config.load import parse
 from laver_mcore.config.schema import Config, ModelConfig, ParallelConfig
 from laver_mcore.counts import work_of
@@ -86,8 +85,7 @@ def test_bytes_that_stay(directory, name):
     config, stages = observed(directory, name)
     tp, _, dp, _ = ALL[name]
     for pp_rank, ranks in enumerate(stages):
-        weights = list_weights(config, ranks[0]["vocab_size"])
-        expected = state_bytes(config, held_by(config, weights, pp_rank), dp)
+        expected = state_bytes(config, holdings(config, ranks[0]["vocab_size"])[pp_rank], dp)
         for tp_rank in range(tp):
             replicas = [found["bytes"] for found in ranks[tp_rank::tp]]
             for part, wanted in expected.items():
@@ -99,10 +97,10 @@ def test_bytes_that_stay(directory, name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_bytes_that_layers_save(directory, name):
     config, ((found, *_),) = observed(directory, name)
-    weights = list_weights(config, found["vocab_size"])
+    vocab_size = found["vocab_size"]
     work = work_of(found["counts"])
-    whole = rank_memory(config, weights, work, pp_rank=0, dp_size=1, num_micro_batches=1).activations
-    edges = whole - _layers_alone(config, weights, work)
+    whole = rank_memory(config, vocab_size, work, pp_rank=0, dp_size=1, num_micro_batches=1).activations
+    edges = whole - _layers_alone(config, vocab_size, work)
     # The block's final norm is among the edges, but its input is saved inside. On the CPU torch's rms_norm, which is
     # one kernel on a GPU, also keeps its normalised input.
     rows = work.dialogue_rows + work.visual_tokens + work.student_padding
@@ -111,7 +109,7 @@ def test_bytes_that_layers_save(directory, name):
     assert found["saved"] == pytest.approx(whole - edges + norm + norms * norm, rel=0.03)
 
 
-def _layers_alone(config, weights, work):
+def _layers_alone(config, vocab_size, work):
     """The difference that twice the layers make."""
     layers = config.model.num_layers
     double = replace(config, model=replace(config.model, num_layers=2 * layers))
@@ -119,7 +117,7 @@ def _layers_alone(config, weights, work):
         blocks = 2 * config.parallel.recompute_num_layers
         double = replace(double, parallel=replace(double.parallel, recompute_num_layers=blocks))
     sizes = [
-        rank_memory(c, weights, work, pp_rank=0, dp_size=1, num_micro_batches=1).activations
+        rank_memory(c, vocab_size, work, pp_rank=0, dp_size=1, num_micro_batches=1).activations
         for c in (config, double)
     ]
     return sizes[1] - sizes[0]

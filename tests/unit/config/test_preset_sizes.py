@@ -28,8 +28,7 @@ import json, resource, sys, warnings
 warnings.filterwarnings("ignore")
 from laver_mcore import cpu, parallel
 from laver_mcore.config.load import parse
-from laver_mcore.accounting.memory import held_by
-from laver_mcore.accounting.weights import list_weights
+from laver_mcore.accounting.memory import holdings
 from laver_mcore.dry_run import _pretend, describe_rank
 from laver_mcore.model.parameters import merge_parts
 
@@ -43,8 +42,7 @@ for name, tp, pp in json.loads(sys.argv[1]):
     rows = [describe_rank(config, _pretend(config, tp * pp, stage * tp), vocab_size) for stage in range(pp)]
     table = merge_parts([contribution for _, contribution in rows], ("*",))
     counts[f"{name}-{tp}-{pp}"] = [sum(total for _, total, _ in table), [number for number, _ in rows]]
-    weights = list_weights(config, vocab_size)
-    counts[f"{name}-{tp}-{pp}"].append([held_by(config, weights, stage).all for stage in range(pp)])
+    counts[f"{name}-{tp}-{pp}"].append([held.all for held in holdings(config, vocab_size)])
 parallel.shut_down()
 counts["peak_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps(counts))
