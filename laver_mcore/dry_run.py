@@ -62,7 +62,10 @@ def _pretend(config: Config, world_size: int, rank: int) -> Topology:
 
 def dry_run(config: Config) -> int:
     """Validate recipe, data and checkpoint folder; print the model's size and each pipeline rank's memory."""
-    model_size = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    sizes = config.parallel
+    model_size = (
+        sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size * sizes.context_parallel_size
+    )
     world_size = max(int(os.environ.get("WORLD_SIZE", "1")), model_size)
     dp_size = check_world(config, world_size)
     check_save_folder(config)
@@ -81,7 +84,8 @@ def dry_run(config: Config) -> int:
         f"{config.model.model}: {len(data.samples):,} dialogues, {data.rows_per_epoch(0):,} packed rows an epoch"
     )
     print(
-        f"TP {config.parallel.tensor_model_parallel_size} x PP {len(rows)} x DP {dp_size}; this dry run trains nothing"
+        f"TP {sizes.tensor_model_parallel_size} x PP {len(rows)} x CP {sizes.context_parallel_size} x DP {dp_size}; "
+        "this dry run trains nothing"
     )
     print()
     print(format_trainable(table))

@@ -3,8 +3,8 @@
 Model FLOPs are the matrix products that the method needs: 2 m n k forward, as much again for a weight that trains and
 for an input that something below has to learn from; attention 4 x pairs x heads x channels forward and twice that
 backward; the Gram matrices' upper triangles. Hardware FLOPs add padding, what recompute repeats, the scores that
-attention's backward computes again (2.5 instead of 2 forwards), what every tensor-parallel rank does alike, and the
-visual path that the teacher walks again. Norms, activations, rotations and softmax are not counted.
+attention's backward computes again (2.5 instead of 2 forwards), and what tensor- and context-parallel ranks do alike.
+Norms, activations, rotations and softmax are not counted.
 """
 
 from collections.abc import Iterable, Sequence
@@ -96,11 +96,9 @@ def step_flops(config: Config, vocab_size: int, work: StepWork) -> StepFlops:
     head = _matrices(w for w in learning if w[0].rows == "latent")
     connector = _matrices(w for w in learning if w[0].name.startswith("connector."))
     vision = _vision(tower_shape(config.vision), learning, work)
-    tp, visual, pairs = (
-        config.parallel.tensor_model_parallel_size,
-        work.visual_tokens,
-        work.reconstruction_pairs,
-    )
+    visual, pairs = work.visual_tokens, work.reconstruction_pairs
+    # Vision head and Gram loss run on all visual tokens on every tensor- and context-parallel rank.
+    alike = config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
     teacher = decoder.forward * visual + attention.forward * pairs
     heads = head.forward * visual
     # Upper triangles of student and teacher; the gradient is one whole product.
@@ -111,12 +109,12 @@ def step_flops(config: Config, vocab_size: int, work: StepWork) -> StepFlops:
     return StepFlops(
         vision=Flops(model=vision.model, hardware=vision.model + vision.repeated),
         connector=Flops(model=connector.model * visual, hardware=connector.model * visual),
-        teacher=Flops(model=teacher + heads, hardware=teacher + tp * heads) if laver else Flops(),
+        teacher=Flops(model=teacher + heads, hardware=teacher + alike * heads) if laver else Flops(),
         dialogue=_rows(decoder, work.dialogue_rows) + _pairs(attention, work.dialogue_pairs),
         reconstruction=_rows(decoder, visual) + _pairs(attention, pairs) if laver else Flops(),
         lm_head=_lm_head(config, vocab_size, learning, work.supervised_rows),
-        vision_head=Flops(model=head.model * visual, hardware=tp * head.model * visual),
-        gram=Flops(model=gram, hardware=tp * gram),
+        vision_head=Flops(model=head.model * visual, hardware=alike * head.model * visual),
+        gram=Flops(model=gram, hardware=alike * gram),
         padding=Flops(
             hardware=_rows(decoder, work.student_padding).hardware + decoder.forward * work.teacher_padding
         ),

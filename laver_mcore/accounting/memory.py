@@ -108,11 +108,12 @@ def _stage_of(weight: Weight, config: Config) -> int:
 def state_bytes(config: Config, held: Held, dp_size: int) -> dict[str, int]:
     """Bytes of what stays from step to step, by part; a data-parallel rank's mean share where it is sharded."""
     element = 2 if config.train.bf16 else 4
-    shards = dp_size if config.parallel.use_distributed_optimizer else 1
+    parallel = config.parallel
+    shards = dp_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
     masters = MASTER if config.train.bf16 else 0
     # In fp32 an average that is whole computes itself; otherwise the teacher computes with a whole copy.
-    copy = element if config.train.bf16 or shards > 1 else 0
-    average = 0 if getattr(config.laver, "offload_teacher", False) else MASTER
+    copy = element if config.train.bf16 or shards > 1 or config.laver.offload_teacher else 0
+    average = 0 if config.laver.offload_teacher else MASTER
     return dict(
         weights=element * held.all,
         gradients=GRADIENT * held.trainable,
@@ -138,7 +139,7 @@ def rank_memory(
     in_flight = chunks_in_flight(config, pp_rank, num_micro_batches)
     layers = (config.model.num_layers or 0) // _num_chunks(config)
     rows = work.dialogue_rows + work.student_padding + (work.visual_tokens if config.laver.laver else 0)
-    activations = in_flight * layers * rows * _saved_per_row(config)
+    activations = in_flight * layers * rows / parallel.context_parallel_size * _saved_per_row(config)
     activations += _edges(config, weights, work, rows, pp_rank, in_flight)
     learns = any(w.trains for w in weights)
     return RankMemory(
@@ -199,7 +200,11 @@ def _whole_layer_per_row(config: Config) -> float:
     # The fused projection (v is a view of it), the attention's output, and queries and keys: rotated, or, where
     # attention is recomputed, the queries as they were handed over.
     attention = (queries + 2 * keys) + queries + queries
-    attention += 0 if config.parallel.recompute_granularity == "selective" else keys
+    if config.parallel.recompute_granularity != "selective":
+        attention += keys
+        attention += (
+            queries if config.parallel.context_parallel_size > 1 else 0
+        )  # the output before its exchange
     # Both projections in one, SiLU of the gate, the other with Megatron's offset added, and their product.
     return norms / along + (attention + 5 * ffn) / tp
 
@@ -209,20 +214,22 @@ def _edges(
 ) -> float:
     """Numbers saved outside the layers: visual path on the first stage, heads on the last."""
     tp, along, width, *_ = _sizes(config)
-    pp = config.parallel.pipeline_model_parallel_size
+    pp, cp = config.parallel.pipeline_model_parallel_size, config.parallel.context_parallel_size
     visual = work.visual_tokens
     teacher_rows = visual + work.teacher_padding if config.laver.laver else 0
     saved = 0.0
     if pp_rank == 0:
-        saved += in_flight * (visual * _connector_per_token(config) + _tower(config, weights, work)) / tp
+        saved += (
+            in_flight * (visual * _connector_per_token(config) + _tower(config, weights, work)) / (tp * cp)
+        )
     else:  # the teacher's rows travel in the tensor that the first layer saves
-        saved += in_flight * teacher_rows * width / along
+        saved += in_flight * teacher_rows * width / (along * cp)
     if pp_rank == pp - 1:
-        saved += rows * (width / along + width)  # the final norm's input and its gathered output
+        saved += rows * (width / (along * cp) + width)  # the final norm's input and its gathered output
         head = config.laver.vision_head_hidden_size
         # Vision head, the teacher's targets, the gradient that the masked loss makes in its forward.
         saved += visual * (4 * head + 3 * width) if config.laver.laver else 0
-        saved += work.supervised_rows * 2 * width
+        saved += work.supervised_rows / cp * 2 * width
     return saved
 
 
@@ -246,8 +253,9 @@ def _logits(config: Config, weights: Sequence[Weight], work: StepWork, element: 
     name = HEAD if config.model.untie_embeddings_and_output_weights else EMBEDDING
     (head,) = (w for w in weights if w.name == name)
     padded, width = head.shape
-    rows = min(work.supervised_rows, LOGIT_ROWS)
-    made = 4 if work.supervised_rows > LOGIT_ROWS else element  # several chunks are summed in fp32
+    share = work.supervised_rows // config.parallel.context_parallel_size
+    rows = min(share, LOGIT_ROWS)
+    made = 4 if share > LOGIT_ROWS else element  # several chunks are summed in fp32
     columns = padded // config.parallel.tensor_model_parallel_size
     return columns * (rows * element + (width * (made + element) if head.trains else 0))
 
@@ -255,6 +263,8 @@ def _logits(config: Config, weights: Sequence[Weight], work: StepWork, element: 
 def _workspace(config: Config, work: StepWork, rows: int, element: int, held: Held, last: bool) -> int:
     """What a backward needs at its widest besides, W of the Gram loss, buffers of the teacher's move."""
     tp, _, width, ffn, queries, _ = _sizes(config)
+    cp = config.parallel.context_parallel_size
+    rows = rows // cp
     # Gradients of the MLP's inner tensors; attention's partial sums of keys and values in fp32, one per query head.
     transient = rows * (element * (2 * width + 5 * ffn / tp) + 8 * queries / tp)
     if config.parallel.recompute_granularity == "full":

@@ -1,5 +1,6 @@
 """Every parallel layout of a recipe on a number of GPUs, and why some cannot run."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +10,7 @@ from laver_mcore.config.checks import ConfigError, check, check_world
 from laver_mcore.config.schema import Config
 
 NODE = 8
-"""GPUs of one node; tensor parallelism does not leave it."""
+"""GPUs of one node; tensor and context parallelism do not leave it."""
 MICRO_BATCHES = (1, 2, 4, 8)
 Recompute = Literal["selective", "full"] | None
 RECOMPUTE: tuple[Recompute, ...] = (None, "selective", "full")
@@ -24,6 +25,7 @@ class Layout:
     tp: int
     pp: int
     vp: int
+    cp: int
     dp: int
     micro_batch: int
     recompute: Recompute
@@ -31,7 +33,7 @@ class Layout:
     @property
     def model_size(self) -> int:
         """GPUs of one model replica."""
-        return self.tp * self.pp
+        return self.tp * self.pp * self.cp
 
     def apply(self, config: Config) -> Config:
         """The recipe under this layout; sequence parallelism with TP, sharded optimizer with DP."""
@@ -40,8 +42,9 @@ class Layout:
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
             num_virtual_stages_per_pipeline_rank=self.vp if self.vp > 1 else None,
+            context_parallel_size=self.cp,
             sequence_parallel=self.tp > 1,
-            use_distributed_optimizer=self.dp > 1,
+            use_distributed_optimizer=self.dp * self.cp > 1,
             recompute_granularity=self.recompute,
             recompute_method="uniform" if self.recompute == "full" else None,
             recompute_num_layers=1 if self.recompute == "full" else None,
@@ -57,17 +60,16 @@ class Layout:
 def candidates(config: Config, num_gpus: int) -> Iterator[Layout]:
     """All combinations of sizes that multiply to `num_gpus`, whether or not they can run."""
     layers = config.model.num_layers or 1
-    for tp in _divisors(math.gcd(num_gpus, NODE)):
-        for pp in _divisors(math.gcd(num_gpus // tp, layers)):
-            for vp in VIRTUAL if pp > 1 else (1,):
-                if layers // pp % vp:
-                    continue
-                for micro_batch in MICRO_BATCHES:
-                    for recompute in RECOMPUTE:
-                        yield Layout(
-                            tp=tp, pp=pp, vp=vp, dp=num_gpus // tp // pp, micro_batch=micro_batch,
-                            recompute=recompute,
-                        )  # fmt: skip
+    for tp, cp in itertools.product(_divisors(NODE), repeat=2):
+        if NODE % (tp * cp) or num_gpus % (tp * cp):
+            continue
+        left = num_gpus // tp // cp
+        for pp in _divisors(math.gcd(left, layers)):
+            virtual = [vp for vp in VIRTUAL if layers // pp % vp == 0] if pp > 1 else [1]
+            for vp, micro_batch, recompute in itertools.product(virtual, MICRO_BATCHES, RECOMPUTE):
+                yield Layout(
+                    tp=tp, pp=pp, vp=vp, cp=cp, dp=left // pp, micro_batch=micro_batch, recompute=recompute
+                )  # fmt: skip
 
 
 def _divisors(value: int) -> list[int]:

@@ -26,6 +26,10 @@ BACKWARD_SHARE = 2 / 3
 """Share of a micro-batch's time that gradients may be reduced behind."""
 
 
+TIME_PARTS = ("compute", "bubble", "tp_comm", "cp_comm", "pp_comm", "dp_comm", "optimizer", "ema")
+"""Parts of a step's time; none of them runs beside another."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     """One layout: bytes by pipeline rank, seconds of a step by part, and what follows from them."""
@@ -34,6 +38,7 @@ class Prediction:
     memory: tuple[RankMemory, ...]
     compute: float
     tp_comm: float
+    cp_comm: float
     pp_comm: float
     bubble: float
     dp_comm: float
@@ -47,16 +52,7 @@ class Prediction:
     @property
     def seconds(self) -> float:
         """Of one step."""
-        parts = (
-            self.compute,
-            self.tp_comm,
-            self.pp_comm,
-            self.bubble,
-            self.dp_comm,
-            self.optimizer,
-            self.ema,
-        )
-        return sum(parts)
+        return sum(getattr(self, name) for name in TIME_PARTS)
 
     @property
     def peak_memory(self) -> int:
@@ -99,9 +95,10 @@ def predict(config: Config, layout: Layout, setting: Setting) -> Prediction:
     flops = step_flops(config, setting.vocab_size, work)
     stages = _stage_seconds(config, layout, setting, work, flops)
     tp_each, tp_bytes = _tensor_parallel(config, layout, setting, work)
+    cp_each, cp_bytes = _context_parallel(config, layout, setting, work)
     pp_each, pp_bytes = _pipeline(config, layout, setting, work)
     slowest = max(stages)
-    one = slowest + tp_each + pp_each
+    one = slowest + tp_each + cp_each + pp_each
     largest = max(held, key=lambda h: h.trainable)
     dp_seconds, dp_bytes = _data_parallel(config, layout, setting, largest, slowest)
     optimizer, ema, ema_bytes = _update(config, layout, setting, largest)
@@ -110,6 +107,7 @@ def predict(config: Config, layout: Layout, setting: Setting) -> Prediction:
         memory=tuple(memory),
         compute=num_micro_batches * slowest,
         tp_comm=num_micro_batches * tp_each,
+        cp_comm=num_micro_batches * cp_each,
         pp_comm=num_micro_batches * pp_each,
         bubble=(layout.pp - 1) / layout.vp * one,
         dp_comm=dp_seconds,
@@ -119,6 +117,7 @@ def predict(config: Config, layout: Layout, setting: Setting) -> Prediction:
         mfu=0.0,
         volumes=dict(
             tensor_parallel=num_micro_batches * tp_bytes,
+            context_parallel=num_micro_batches * cp_bytes,
             pipeline=num_micro_batches * pp_bytes,
             data_parallel=dp_bytes,
             teacher=ema_bytes,
@@ -146,7 +145,7 @@ def _stage_seconds(
     seconds = [everywhere] * layout.pp
     seconds[0] += (flops.vision.hardware + flops.connector.hardware) / matrix_rate
     seconds[-1] += (flops.lm_head.hardware + flops.vision_head.hardware + flops.gram.hardware) / matrix_rate
-    return [s / layout.tp for s in seconds]
+    return [s / (layout.tp * layout.cp) for s in seconds]
 
 
 def _attention_seconds(
@@ -170,11 +169,12 @@ def _row_bytes(config: Config) -> int:
     return (2 if config.train.bf16 else 4) * (config.model.hidden_size or 0)
 
 
-def _pass_rows(config: Config, work: StepWork) -> tuple[int, int]:
-    """Rows of the student's and of the teacher's pass over one micro-batch."""
+def _pass_rows(config: Config, work: StepWork) -> tuple[float, float]:
+    """Rows of the student's and of the teacher's pass over one micro-batch, on one context-parallel rank."""
     reconstruction = work.visual_tokens if config.laver.laver else 0
     student = work.dialogue_rows + work.student_padding + reconstruction
-    return student, reconstruction + work.teacher_padding
+    cp = config.parallel.context_parallel_size
+    return student / cp, (reconstruction + work.teacher_padding) / cp
 
 
 def _tensor_parallel(config: Config, layout: Layout, setting: Setting, work: StepWork) -> tuple[float, float]:
@@ -189,6 +189,24 @@ def _tensor_parallel(config: Config, layout: Layout, setting: Setting, work: Ste
     return sent / (LINK_EFFICIENCY * setting.gpu.nvlink), sent
 
 
+def _context_parallel(
+    config: Config, layout: Layout, setting: Setting, work: StepWork
+) -> tuple[float, float]:
+    """(seconds, bytes sent) of one micro-batch's exchanges of rows for heads and back, on one rank (Ulysses)."""
+    if layout.cp == 1:
+        return 0.0, 0.0
+    model = config.model
+    assert model.num_attention_heads and model.num_query_groups and model.kv_channels
+    student, teacher = _pass_rows(config, work)
+    # Queries in and outputs out; keys and values repeated where there are fewer of them than ranks.
+    heads = 2 * model.num_attention_heads + 2 * max(model.num_query_groups, layout.tp * layout.cp)
+    each = heads * model.kv_channels / layout.tp * (2 if config.train.bf16 else 4)
+    times = 2 + (1 if config.parallel.recompute_granularity else 0)
+    layers = (model.num_layers or 0) / layout.pp
+    sent = layers * each * (layout.cp - 1) / layout.cp * (times * student + teacher)
+    return sent / (LINK_EFFICIENCY * setting.gpu.nvlink), sent
+
+
 def _pipeline(config: Config, layout: Layout, setting: Setting, work: StepWork) -> tuple[float, float]:
     """(seconds, bytes sent) of one micro-batch's activations and their gradients between stages, on one rank."""
     if layout.pp == 1:
@@ -200,9 +218,9 @@ def _pipeline(config: Config, layout: Layout, setting: Setting, work: StepWork) 
 
 def _data_parallel_link(layout: Layout, setting: Setting) -> float:
     """Bytes per second of a collective over data-parallel ranks: those of one node share its network cards."""
-    if layout.tp * layout.dp <= NODE:
+    if layout.tp * layout.cp * layout.dp <= NODE:
         return LINK_EFFICIENCY * setting.gpu.nvlink
-    in_node = max(1, min(layout.dp, NODE // layout.tp))
+    in_node = max(1, min(layout.dp * layout.cp, NODE // layout.tp))
     return LINK_EFFICIENCY * min(setting.gpu.nvlink, in_node * setting.gpu.network)
 
 
@@ -211,7 +229,8 @@ def _data_parallel(
 ) -> tuple[float, float]:
     """(seconds not hidden, bytes sent) of the gradients' reduction and the parameters' gather, on one rank."""
     element = 2 if config.train.bf16 else 4
-    others = (layout.dp - 1) / layout.dp
+    replicas = layout.dp * layout.cp
+    others = (replicas - 1) / replicas
     gradients, parameters = GRADIENT * held.trainable * others, element * held.trainable * others
     link = _data_parallel_link(layout, setting)
     hidden = BACKWARD_SHARE * micro_batch_seconds if config.parallel.overlap_grad_reduce else 0.0
@@ -221,11 +240,12 @@ def _data_parallel(
 def _update(config: Config, layout: Layout, setting: Setting, held: Held) -> tuple[float, float, float]:
     """Seconds of the optimizer and, spread over the steps between its moves, of the teacher; and its bytes sent."""
     rate = MEMORY_EFFICIENCY * setting.gpu.memory_bandwidth
-    optimizer = ADAM_BYTES * held.trainable / layout.dp / rate
+    replicas = layout.dp * layout.cp
+    optimizer = ADAM_BYTES * held.trainable / replicas / rate
     if not held.averaged:
         return optimizer, 0.0, 0.0
     element = 2 if config.train.bf16 else 4
     steps = ema_steps(config.laver, config.train.train_iters)
-    sent = element * held.averaged * (layout.dp - 1) / layout.dp
-    move = EMA_BYTES * held.averaged / layout.dp / rate + sent / _data_parallel_link(layout, setting)
+    sent = element * held.averaged * (replicas - 1) / replicas
+    move = EMA_BYTES * held.averaged / replicas / rate + sent / _data_parallel_link(layout, setting)
     return optimizer, move / steps, sent / steps

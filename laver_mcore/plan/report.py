@@ -8,18 +8,18 @@ from typing import Any
 from laver_mcore.accounting.devices import GIB
 from laver_mcore.accounting.tables import aligned
 from laver_mcore.config.schema import Config
-from laver_mcore.plan.predict import LINK_EFFICIENCY, RESERVED, Prediction, Setting
+from laver_mcore.plan.predict import LINK_EFFICIENCY, RESERVED, TIME_PARTS, Prediction, Setting
 
 _COLUMNS = (
-    "TP", "PP", "VP", "DP", "MB", "recompute", "GiB", "step s", "tok/s/GPU", "MFU", "bubble", "comm",
+    "TP", "PP", "VP", "CP", "DP", "MB", "recompute", "GiB", "step s", "tok/s/GPU", "MFU", "bubble", "comm",
 )  # fmt: skip
 
 
 def _cells(found: Prediction) -> list[str]:
     layout = found.layout
-    comm = found.tp_comm + found.pp_comm + found.dp_comm
+    comm = found.tp_comm + found.cp_comm + found.pp_comm + found.dp_comm
     return [
-        str(layout.tp), str(layout.pp), str(layout.vp), str(layout.dp), str(layout.micro_batch),
+        str(layout.tp), str(layout.pp), str(layout.vp), str(layout.cp), str(layout.dp), str(layout.micro_batch),
         layout.recompute or "none", f"{found.peak_memory / GIB:.1f}", f"{found.seconds:.2f}",
         f"{found.tokens_per_second_per_gpu:,.0f}", f"{found.mfu:.1%}", f"{found.bubble / found.seconds:.1%}",
         f"{comm / found.seconds:.1%}",
@@ -33,8 +33,7 @@ def ranking(found: Sequence[Prediction]) -> list[str]:
 
 def time_table(found: Prediction) -> list[str]:
     """Where the seconds of a step go."""
-    parts = ("compute", "bubble", "tp_comm", "pp_comm", "dp_comm", "optimizer", "ema")
-    cells = [f"{name.replace('_', ' ')} {getattr(found, name):.3f}" for name in parts]
+    cells = [f"{name.replace('_', ' ')} {getattr(found, name):.3f}" for name in TIME_PARTS]
     sent = [
         f"{name.replace('_', ' ')} {volume / GIB:.2f}" for name, volume in found.volumes.items() if volume
     ]
@@ -76,10 +75,7 @@ def as_json(
             {
                 **each.layout.as_dict(),
                 "memory": [asdict(memory) for memory in each.memory],
-                "seconds": {
-                    name: getattr(each, name)
-                    for name in ("compute", "bubble", "tp_comm", "pp_comm", "dp_comm", "optimizer", "ema")
-                },
+                "seconds": {name: getattr(each, name) for name in TIME_PARTS},
                 "step_seconds": each.seconds,
                 "tokens_per_second_per_gpu": each.tokens_per_second_per_gpu,
                 "mfu": each.mfu,

@@ -47,7 +47,7 @@ def observe(argv: list[str], device) -> dict:
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
-        image_share=(topology.tp_rank, topology.tp_size) if topology.on_first_stage else None,
+        image_share=(topology.share, topology.num_shares) if topology.on_first_stage else None,
     )
     batches = next(steps)
     steps.close()
@@ -140,15 +140,11 @@ def tensor_bytes(engine) -> dict[str, int]:
                 state = inner.state.get(parameter, {})
                 tensors = [parameter, *(v for v in state.values() if isinstance(v, torch.Tensor) and v.dim())]
                 optimizer.update({t.data_ptr(): t.nbytes for t in tensors if t.data_ptr() not in weights})
-    teacher: dict[int, int] = {}
-    if engine.teacher is not None:
-        held = (*engine.teacher.averages.values(), *engine.teacher._compute.values())
-        teacher = {t.data_ptr(): t.nbytes for t in held}
     return dict(
         weights=sum(p.nbytes for p in parameters),
         gradients=sum(p.main_grad.nbytes for p in parameters if p.requires_grad),
         optimizer=sum(optimizer.values()),
-        teacher=sum(teacher.values()),
+        teacher=0 if engine.teacher is None else engine.teacher.num_bytes,
     )
 
 

@@ -11,10 +11,9 @@ from laver_mcore.accounting.memory import chunks_in_flight, holdings, rank_memor
 from laver_mcore.config.load import parse
 from laver_mcore.config.schema import Config, ModelConfig, ParallelConfig
 from laver_mcore.counts import work_of
-from laver_mcore.model.teacher import Teacher
 
 UNTIED = "--untie-embeddings-and-output-weights True"
-# Name -> (TP, PP, DP, flags).
+# Name -> (TP, PP, replicas: DP x CP, flags).
 ENGINES = {
     "fp32": (1, 1, 1, ""),
     "frozen_parts": (1, 1, 1, "--trainable connector.* mask_token language_model.decoder.layers.[13].*"),
@@ -24,6 +23,8 @@ ENGINES = {
     "pp2_interleaved_bf16": (1, 2, 1, f"--num-virtual-stages-per-pipeline-rank 2 --bf16 {UNTIED}"),
     "dp2": (1, 1, 2, "--bf16"),
     "dp2_distributed_bf16": (1, 1, 2, "--use-distributed-optimizer --bf16"),
+    "offloaded_teacher": (1, 1, 1, "--offload-teacher"),
+    "cp2_distributed_bf16": (1, 1, 2, "--context-parallel-size 2 --use-distributed-optimizer --bf16"),
     "tp2_pp2_bf16": (2, 2, 1, "--bf16"),
     "pp2_dp2_distributed_bf16": (1, 2, 2, f"--use-distributed-optimizer --bf16 {UNTIED}"),
 }
@@ -40,8 +41,8 @@ LAYERS = {
     ),
     "saved_tp2": (2, 1, 1, ""),
     "saved_tp2_sp": (2, 1, 1, "--sequence-parallel"),
+    "saved_cp2": (1, 1, 2, "--context-parallel-size 2"),
 }
-HAS_SHARDED_TEACHER = hasattr(Teacher, "num_bytes")
 # Layers that are not recomputed, where that is not all.
 WHOLE_LAYERS = {"saved_full": 0, "saved_block": 1}
 ALL = {**ENGINES, **LAYERS}
@@ -83,9 +84,13 @@ def observed(directory, name):
 def test_bytes_that_stay(directory, name):
     """Exactly, summed over the data-parallel ranks: Megatron cuts shards without regard to parameters."""
     config, stages = observed(directory, name)
-    tp, _, dp, _ = ALL[name]
+    (tp, _, dp, _), cp = ALL[name], config.parallel.context_parallel_size
     for pp_rank, ranks in enumerate(stages):
-        expected = state_bytes(config, holdings(config, ranks[0]["vocab_size"])[pp_rank], dp)
+        held = holdings(config, ranks[0]["vocab_size"])[pp_rank]
+        expected = state_bytes(config, held, dp // cp)
+        if config.laver.offload_teacher:  # here the host's memory is the device's
+            assert expected["teacher"] == 4 * held.averaged
+            expected["teacher"] += 4 * held.averaged
         for tp_rank in range(tp):
             replicas = [found["bytes"] for found in ranks[tp_rank::tp]]
             for part, wanted in expected.items():
@@ -104,7 +109,8 @@ def test_bytes_that_layers_save(directory, name):
     # The block's final norm is among the edges, but its input is saved inside. On the CPU torch's rms_norm, which is
     # one kernel on a GPU, also keeps its normalised input.
     rows = work.dialogue_rows + work.visual_tokens + work.student_padding
-    norm = 4 * rows * config.model.hidden_size / (ALL[name][0] if config.parallel.sequence_parallel else 1)
+    shares = ALL[name][0] if config.parallel.sequence_parallel else 1
+    norm = 4 * rows * config.model.hidden_size / shares / config.parallel.context_parallel_size
     norms = 1 + 2 * WHOLE_LAYERS.get(name, config.model.num_layers)
     assert found["saved"] == pytest.approx(whole - edges + norm + norms * norm, rel=0.03)
 

@@ -23,7 +23,7 @@ from laver_mcore.plan.search import search
 REPOSITORY = Path(__file__).resolve().parents[3]
 RECIPE = REPOSITORY / "examples/qwen2.5-7b-siglip2/stage2.yaml"
 PAGE = REPOSITORY / "docs/planner.md"
-ONE = Layout(tp=1, pp=1, vp=1, dp=1, micro_batch=1, recompute=None)
+ONE = Layout(tp=1, pp=1, vp=1, cp=1, dp=1, micro_batch=1, recompute=None)
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,14 @@ def test_every_layout_is_tried_once(config, num_gpus):
     found = Counter(candidates(config, num_gpus))
     expected = set()
     sizes = range(1, num_gpus + 1)
-    for tp, pp, vp, micro_batch, recompute in itertools.product(
-        sizes, sizes, VIRTUAL, MICRO_BATCHES, RECOMPUTE
-    ):
-        divides = num_gpus % (tp * pp) == 0 and NODE % tp == 0 and 28 % (pp * vp) == 0
-        if divides and (vp == 1 or pp > 1):
-            dp = num_gpus // tp // pp
-            expected.add(Layout(tp=tp, pp=pp, vp=vp, dp=dp, micro_batch=micro_batch, recompute=recompute))
+    for tp, cp, pp in itertools.product(sizes, repeat=3):
+        if num_gpus % (tp * cp * pp) or NODE % (tp * cp) or 28 % pp:
+            continue
+        for vp, micro_batch, recompute in itertools.product(VIRTUAL, MICRO_BATCHES, RECOMPUTE):
+            if 28 % (pp * vp) == 0 and (vp == 1 or pp > 1):
+                dp = num_gpus // tp // cp // pp
+                sizes_of = dict(tp=tp, pp=pp, vp=vp, cp=cp, dp=dp)
+                expected.add(Layout(**sizes_of, micro_batch=micro_batch, recompute=recompute))
     assert set(found) == expected
     assert set(found.values()) == {1}
 
@@ -88,7 +89,7 @@ def test_refusal(config, layout, said):
 def test_bubble(config, pp, vp):
     """(p - 1) / (v m) of the time without it (Narayanan et al., arXiv 2104.04473)."""
     found = predicted(config, replace(ONE, pp=pp, vp=vp, dp=2))
-    busy = found.compute + found.tp_comm + found.pp_comm
+    busy = found.compute + found.tp_comm + found.cp_comm + found.pp_comm
     assert found.bubble / busy == pytest.approx((pp - 1) / vp / (128 / 2))
 
 
@@ -113,6 +114,15 @@ def test_tensor_parallel_volume(config):
     assert found.tp_comm == pytest.approx(found.volumes["tensor_parallel"] / nvlink)
 
 
+def test_context_parallel_volume(config):
+    """Ulysses: queries, keys, values in and outputs out, of the rank's rows, to the other ranks; there and back."""
+    found = predicted(config, replace(ONE, cp=4))
+    rows, teacher, micro_batches = (2048 + 1536) / 4, 1536 / 4, 128
+    each = 28 * (28 + 4 + 4 + 28) * 128 * 2 * 3 / 4
+    assert found.volumes["context_parallel"] == pytest.approx(micro_batches * each * (2 * rows + teacher))
+    assert found.memory[0].optimizer == predicted(config, replace(ONE, dp=4)).memory[0].optimizer
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 def test_predictions_stay_below_the_assumed_rates(config, gpu):
     found = predicted(config, replace(ONE, tp=2, dp=8), gpu)
@@ -123,8 +133,8 @@ def test_predictions_stay_below_the_assumed_rates(config, gpu):
 
 @pytest.mark.parametrize(
     "less",
-    [dict(tp=2), dict(pp=2), dict(dp=2), dict(recompute="full")],
-    ids=["tp", "pp", "dp", "recompute"],
+    [dict(tp=2), dict(pp=2), dict(cp=2), dict(dp=2), dict(recompute="full")],
+    ids=["tp", "pp", "cp", "dp", "recompute"],
 )
 def test_parallelism_saves_memory(config, less):
     config = replace(config, train=replace(config.train, global_batch_size=1024))
