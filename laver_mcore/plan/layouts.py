@@ -37,6 +37,7 @@ class Layout:
 
     def apply(self, config: Config) -> Config:
         """The recipe under this layout; sequence parallelism with TP, sharded optimizer with DP."""
+        shards = self.dp * self.cp > 1
         parallel = replace(
             config.parallel,
             tensor_model_parallel_size=self.tp,
@@ -44,7 +45,8 @@ class Layout:
             num_virtual_stages_per_pipeline_rank=self.vp if self.vp > 1 else None,
             context_parallel_size=self.cp,
             sequence_parallel=self.tp > 1,
-            use_distributed_optimizer=self.dp * self.cp > 1,
+            use_distributed_optimizer=shards,
+            overlap_param_gather=config.parallel.overlap_param_gather and shards,
             recompute_granularity=self.recompute,
             recompute_method="uniform" if self.recompute == "full" else None,
             recompute_num_layers=1 if self.recompute == "full" else None,

@@ -1,8 +1,8 @@
 """Memory and time of one layout on paper.
 
 Time is counted per micro-batch and pipeline rank: matrix products and attention at assumed rates, collectives at the
-links' bandwidths, none of them overlapped but the gradients' reduction; then the pipeline's bubble, the optimizer and
-the teacher.
+links' bandwidths, overlapped only where the recipe overlaps the gradients' reduction or the parameters' gather; then
+the pipeline's bubble, the optimizer and the teacher.
 """
 
 from dataclasses import dataclass, replace
@@ -233,8 +233,11 @@ def _data_parallel(
     others = (replicas - 1) / replicas
     gradients, parameters = GRADIENT * held.trainable * others, element * held.trainable * others
     link = _data_parallel_link(layout, setting)
-    hidden = BACKWARD_SHARE * micro_batch_seconds if config.parallel.overlap_grad_reduce else 0.0
-    return max(0.0, gradients / link - hidden) + parameters / link, gradients + parameters
+    parallel = config.parallel
+    behind_backward = BACKWARD_SHARE * micro_batch_seconds if parallel.overlap_grad_reduce else 0.0
+    behind_forward = (1 - BACKWARD_SHARE) * micro_batch_seconds if parallel.overlap_param_gather else 0.0
+    seconds = max(0.0, gradients / link - behind_backward) + max(0.0, parameters / link - behind_forward)
+    return seconds, gradients + parameters
 
 
 def _update(config: Config, layout: Layout, setting: Setting, held: Held) -> tuple[float, float, float]:

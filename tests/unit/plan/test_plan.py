@@ -102,6 +102,17 @@ def test_data_parallel_volume(config, dp):
     assert found.memory[0].optimizer == pytest.approx(12 * trained / dp, rel=1e-6)
 
 
+def test_overlap_hides_collectives(config):
+    def exposed(**flags):
+        changed = replace(config, parallel=replace(config.parallel, **flags))
+        return predicted(changed, replace(ONE, tp=2, dp=8)).dp_comm
+
+    nothing = exposed(overlap_grad_reduce=False, overlap_param_gather=False)
+    reduction = exposed(overlap_grad_reduce=True, overlap_param_gather=False)
+    both = exposed(overlap_grad_reduce=True, overlap_param_gather=True)
+    assert 0 <= both < reduction < nothing
+
+
 def test_tensor_parallel_volume(config):
     """Megatron's sequence parallelism: in each layer 4 collectives of S D (t - 1) / t forward, and 6 backward."""
     found = predicted(config, replace(ONE, tp=4))
