@@ -13,6 +13,7 @@ See docs/benchmark.md.
 import dataclasses
 import shlex
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -95,9 +96,12 @@ def run(arguments: Arguments, command: str) -> Path:
         if not all(each.holds for each in found):
             raise NotEqual("the arms' first steps differ: nothing is timed")
 
-    agreed, measured = measure(setting, plan, lambda line: print(line, flush=True), refuse)
-    accounts = {arm: account(arm, setting) for arm in plan.arms}
-    result = report.report(setting, report.machine(), command, agreed, measured, accounts)
+    where = report.machine()  # the commit as it is when the arms are started
+    with tempfile.TemporaryDirectory() as name:
+        whole = settings.with_tower(setting, Path(name))
+        accounts = {arm: account(arm, whole) for arm in plan.arms}
+        agreed, measured = measure(whole, plan, Path(name), lambda line: print(line, flush=True), refuse)
+    result = report.report(setting, where, command, agreed, measured, accounts)
     print(f"\n{report.table(result)}")
     for arm, found in measured.items():
         if found.profile:

@@ -9,8 +9,9 @@ from tools.training_benchmark.setting import Arm
 
 TOLERANCES: dict[str, dict[str, float]] = {
     "fp32": {"lm": 1e-4, "mim": 1e-4, "gram": 1e-3, "grad_norm": 1e-3},
-    # Eight bits of mantissa: the vision head's outputs err by about one percent and are divided by 0.04.
-    "bf16": {"lm": 5e-3, "mim": 5e-2, "gram": 0.15, "grad_norm": 0.15},
+    # Eight bits of mantissa: the vision head's outputs err by up to a percent and are divided by 0.04. Seen on a CPU
+    # with four layers and 729 visual tokens: 2e-6, 2e-3, 9e-5, 2e-3.
+    "bf16": {"lm": 2e-3, "mim": 3e-2, "gram": 5e-2, "grad_norm": 5e-2},
 }
 """Relative differences that are allowed; the Gram loss is a difference of nearly equal similarities."""
 

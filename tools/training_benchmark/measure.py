@@ -5,14 +5,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tools.training_benchmark.equality import Agreement, agreements
-from tools.training_benchmark.setting import Arm, Setting, with_tower
+from tools.training_benchmark.setting import Arm, Setting
 
 ROOT = Path(__file__).resolve().parents[2]
 MOVES = 3
@@ -113,15 +112,13 @@ def running(arm: Arm, setting: Setting, folder: Path) -> Iterator[ArmProcess]:
 
 
 def measure(
-    setting: Setting, plan: Plan, say: Say, red: Callable[[list[Agreement]], None]
+    setting: Setting, plan: Plan, folder: Path, say: Say, red: Callable[[list[Agreement]], None]
 ) -> tuple[list[Agreement], dict[Arm, Measured]]:
-    """Compare the first steps, hand the agreements to `red` (which may raise), then time.
+    """Compare the first steps, hand the agreements to `red` (which may raise), then time; logs go to `folder`.
 
     With `one_at_a_time` arms are built twice, for comparing and for timing, and never share the device's memory.
     """
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-        folder = Path(name)
-        setting = with_tower(setting, folder)
+    with contextlib.ExitStack() as stack:
         if plan.one_at_a_time:
             losses = {}
             for arm in plan.arms:

@@ -28,12 +28,11 @@ TRAINABLE = ("connector.*", "language_model.*")
 """Stage 2's, of which an LM-only run has these; LaVer adds its own two."""
 LAVER_TRAINABLE = (*TRAINABLE, "mask_token", "vision_head.*")
 
-# google/siglip-so400m-patch14-384's vision half: 27 layers, 729 tokens of width 1152.
+# google/siglip-so400m-patch14-384's vision half: 27 layers, 27 x 27 tokens of width 1152.
 SIGLIP_SO400M: dict[str, Any] = dict(
     model_type="siglip_vision_model",
     hidden_size=1152,
     intermediate_size=4304,
-    num_hidden_layers=27,
     num_attention_heads=16,
     image_size=384,
     patch_size=14,
@@ -54,6 +53,8 @@ class Setting:
     """Vocabulary where the preset has none."""
     vision: Literal["encoder-free", "siglip"] = "encoder-free"
     """Bare patches, or a frozen SigLIP so400m tower with random weights."""
+    vision_layers: int = 27
+    """Layers of the tower; fewer for a quick look."""
     image_side: int = 16
     """Visual tokens along each side of an image without an encoder."""
     patch_size: int = 14
@@ -118,7 +119,8 @@ def with_tower(setting: Setting, folder: Path) -> Setting:
     """The same setting with its tower's config written to `folder`, where it has a tower."""
     if setting.vision == "encoder-free":
         return setting
-    (folder / "config.json").write_text(json.dumps(SIGLIP_SO400M), encoding="utf-8")
+    tower = {**SIGLIP_SO400M, "num_hidden_layers": setting.vision_layers}
+    (folder / "config.json").write_text(json.dumps(tower), encoding="utf-8")
     return replace(setting, vision_path=str(folder))
 
 
