@@ -76,7 +76,7 @@ class EngineArm:
             lm=found["lm_loss"],
             mim=found["mim_loss"] if self._laver else None,
             gram=found["gram_loss"] if self._laver else None,
-            grad_norm=result.grad_norm,
+            grad_norm=float(result.grad_norm),
         )
 
     def spoil(self) -> None:
