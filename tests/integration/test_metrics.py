@@ -12,6 +12,7 @@ from laver_mcore.config.load import parse
 
 RANGES = ("vision", "teacher", "student", "optimizer", "ema")
 PARTS = ("data", *RANGES, "other")
+MICRO_BATCHES = 4  # of one row, in the sample recipe
 FLAGS = "--train-iters 4 --log-interval 2 --profile --profile-step-start 2 --profile-step-end 4 --ema-steps 1"
 
 
@@ -68,13 +69,20 @@ def test_trace_names_the_parts(runs, name):
     (file,) = (runs / name / "profile").iterdir()
     assert file.name == "rank0.pt.trace.json"
     events = json.loads(file.read_text())["traceEvents"]
-    for part in RANGES:
-        spans = [
-            e
+    spans = {
+        part: [
+            (e["ts"], e["ts"] + e["dur"])
             for e in events
             if e.get("name") == part and e.get("ph") == "X" and "user_annotation" in e["cat"]
         ]
-        assert len(spans) == 2, part  # iterations 2 and 3
+        for part in RANGES
+    }
+    for part in ("student", "optimizer", "ema"):
+        assert len(spans[part]) == 2, part  # iterations 2 and 3
+    for part in ("vision", "teacher"):  # once a micro-batch, within the student's pass
+        assert 2 <= len(spans[part]) <= 2 * MICRO_BATCHES, part
+        for start, stop in spans[part]:
+            assert any(first <= start and stop <= last for first, last in spans["student"]), part
 
 
 def test_line_in_megatrons_form():
