@@ -158,12 +158,13 @@ class DialogueData:
         start_step: int,
         end_step: int,
         *,
-        prefetch_steps: int = 2,
+        prefetch_steps: int | None = None,
         exchange: Exchange | None = None,
         **layout: Any,
     ) -> Generator[list[Batch], None, None]:
         """Yield `step_batches` for steps [start_step, end_step), prepared `prefetch_steps` ahead in two threads.
 
+        Two if not given, or one where they are prepared on a GPU, whose memory they take.
         An error in a thread is raised at the step that it belongs to. Closing the generator, or leaving the
         loop over it, ends the threads and the worker processes. With an `exchange` (`exchange.connect`) one rank
         of a model replica reads for all of it, a sample that fails on one rank is blank on all, and what stops one
@@ -176,6 +177,8 @@ class DialogueData:
         if self._num_workers and (exchange.reads or has_images):
             runner = WorkerPool(self._task, self._num_workers, self._worker_timeout)
         maker = self._maker(plan, runner, exchange)
+        if prefetch_steps is None:
+            prefetch_steps = 2 if self._copies is None else 1
         ahead = Ahead(maker, end_step, prefetch_steps, self._copies)
         try:
             for step in range(start_step, end_step):

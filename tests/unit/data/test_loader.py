@@ -11,6 +11,7 @@ import torch
 
 from laver_mcore.data.ahead import StepMaker
 from laver_mcore.data.batch import Batch, collate
+from laver_mcore.data.cost import PackingCost
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images import PatchImageProcessor
 from laver_mcore.data.loader import DialogueData
@@ -19,12 +20,13 @@ from laver_mcore.data.records import Turn
 from laver_mcore.data.steps import StepPlan
 
 PROCESSOR = PatchImageProcessor(image_size=16, patch_size=8)
+COST = PackingCost(text_token=0.1, pair=1e-3, visual_token=1.5, visual_pair=0.1)
 SIZES = {"global_batch_size": 8, "micro_batch_size": 2}
 
 
 def build(dataset, tokenizer, **changes):
     settings = {"image_folder": dataset, "image_processor": PROCESSOR, "seq_length": 256, "seed": 7}
-    settings |= {"tokenizer": tokenizer, "packing_window": 16} | changes
+    settings |= {"tokenizer": tokenizer, "packing_window": 16, "cost": COST} | changes
     return DialogueData(settings.pop("source", dataset / "train.json"), **settings)
 
 
@@ -301,6 +303,7 @@ def test_fingerprint_tells_data_apart(data, dataset, hugging_face, text_only):
         {"seq_length": 257},
         {"system_prompt": ""},
         {"packing_window": 17},
+        {"cost": None},
         {"image_processor": PatchImageProcessor(image_size=16, patch_size=4)},
         {"source": [dataset / "train.json", text_only]},
     ]
