@@ -107,7 +107,10 @@ def _obstacle(device: torch.device, interpret: bool) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     """Left to itself, torch.compile would write the question into the graph, and break the graph there."""
     return torch.cuda.get_device_capability(device)
+
+
+# What torch.compiler.assume_constant_result sets, which would load the whole compiler (seconds) at import.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -167,6 +167,9 @@ def _check_run(config: Config) -> None:
         not run.record_memory_history or run.profile,
         "record_memory_history comes with the trace: add profile",
     )
+    _require(
+        bool(train.trainable), "trainable is empty, so nothing would train; give name patterns, or * for all"
+    )
     _require(bool(config.data.data_path), "data_path is empty; give one or more JSON or JSONL files")
     _require(
         config.data.tokenizer_model is not None,

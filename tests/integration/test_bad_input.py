@@ -50,6 +50,7 @@ COMMAND_LINES: dict[str, tuple[str, str]] = {
         "context_parallel_size=3 cannot share 4 query and 2 key/value heads of each tensor-parallel rank evenly; "
         "use 1, 2, 4",
     ),
+    "nothing_trains": ("--trainable", "trainable is empty, so nothing would train"),
     "param_gather_alone": (
         "--overlap-param-gather",
         "needs use_distributed_optimizer and overlap_grad_reduce",

@@ -10,8 +10,8 @@ from integration.harness import REPOSITORY, environment, read_metrics, torchrun
 
 def test_sigterm_saves_and_the_run_continues(data_directory, tmp_path):
     run = tmp_path / "run"
-    flags = f"--config {data_directory / 'recipe.yaml'} --save {run} --load {run} --no-tensorboard --exit-signal-handler"
-    argv = ["pretrain_laver.py", *flags.split(), "--train-iters", "100000"]
+    flags = f"--config {data_directory / 'recipe.yaml'} --save {run} --load {run} --train-iters 100000"
+    argv = ["pretrain_laver.py", *flags.split(), "--no-tensorboard", "--exit-signal-handler"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *argv]
     log = tmp_path / "log"
     with log.open("w") as file:
