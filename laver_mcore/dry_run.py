@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from laver_mcore import cpu, parallel
 from laver_mcore.accounting.flops import step_flops
 from laver_mcore.accounting.memory import rank_memory
-from laver_mcore.accounting.tables import memory_table
+from laver_mcore.accounting.tables import in_units, memory_table
 from laver_mcore.accounting.typical import typical_mix, typical_work
 from laver_mcore.build import build_chunks, build_data, build_tokenizer, resolve_vocab_size
 from laver_mcore.config.checks import check_world
@@ -44,10 +44,10 @@ def _step_lines(config: Config, vocab_size: int, dp_size: int) -> list[str]:
         for rank in range(config.parallel.pipeline_model_parallel_size)
     ]
     flops = step_flops(config, vocab_size, work).total
-    model, hardware = (f * num_micro_batches * dp_size / 1e15 for f in (flops.model, flops.hardware))
+    model, hardware = (in_units(f * num_micro_batches * dp_size) for f in (flops.model, flops.hardware))
     return [
         f"\nfor rows of {mix.images_per_row} images of {mix.image_tokens} visual tokens:",
-        f"{model:,.3f} PFLOP useful, {hardware:,.3f} with padding and recompute, in a step",
+        f"{model} useful, {hardware} with padding and recompute, in a step",
         "GiB per rank (activations, logits and workspace estimated)",
         *memory_table(memories),
     ]

@@ -12,6 +12,14 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
+def in_units(flops: float) -> str:
+    """A number of FLOPs as people say it: `21.4 PFLOP`."""
+    for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if flops >= size:
+            return f"{flops / size:.1f} {unit}"
+    return f"{flops / 1e9:.1f} GFLOP"
+
+
 def memory_table(memories: Sequence[RankMemory]) -> list[str]:
     """GiB of every pipeline rank by part; neighbours that hold the same share a line."""
     rows: list[list[str]] = []
