@@ -1,7 +1,8 @@
 """The training loop: data -> step -> metrics -> checkpoint, until the last iteration."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from laver_mcore.accounting.throughput import throughput
 from laver_mcore.accounting.timers import Timers, time_columns
 from laver_mcore.checkpoint import Progress
 from laver_mcore.counts import COUNTS, work_of
+from laver_mcore.data.batch import Batch
 from laver_mcore.data.exchange import connect
 from laver_mcore.data.loader import DialogueData
 from laver_mcore.engine import Engine
@@ -154,12 +156,10 @@ def train(
     `told_to_stop` is asked once a step on every rank and gives all of them the same answer; the run then ends early.
     """
     config, topology = engine.config, engine.topology
-    total = config.train.train_iters
-    state = RunState(progress=progress)
     first = _data_start(engine, progress)
     steps = data.iterate(
         first,
-        first + total - progress.iteration,
+        first + config.train.train_iters - progress.iteration,
         exchange=connect(topology.replica_group),
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
@@ -167,6 +167,21 @@ def train(
         dp_size=topology.dp_size,
         image_share=(topology.share, topology.num_shares) if topology.on_first_stage else None,
     )
+    # A rank that fails must not wait at its exit for data threads that wait for the other ranks.
+    with contextlib.closing(steps):
+        return _train(engine, data, steps, progress, metrics, told_to_stop)
+
+
+def _train(
+    engine: Engine,
+    data: DialogueData,
+    steps: Iterable[list[Batch]],
+    progress: Progress,
+    metrics: Metrics | None,
+    told_to_stop: Callable[[], bool],
+) -> Progress:
+    config, topology, total = engine.config, engine.topology, engine.config.train.train_iters
+    state = RunState(progress=progress)
     fingerprint = data.fingerprint()
     saved = progress.iteration
     profiler, interval = Profiler(config.run, topology.rank), _Interval(engine, enabled=metrics is not None)
@@ -190,6 +205,5 @@ def train(
             interval.restart()
         if exiting:
             break
-    steps.close()
     assert config.run.save is None or saved == state.progress.iteration
     return state.progress

@@ -1,0 +1,23 @@
+"""`pretrain_laver.py` whose first rank fails in the middle of its third step, while the others wait for it."""
+
+import sys
+
+import torch.distributed as dist
+
+from laver_mcore import loop
+from laver_mcore.config.load import parse
+from laver_mcore.run import run
+
+original, calls = loop.train_step, []
+
+
+def failing(*args, **settings):
+    calls.append(0)
+    if dist.get_rank() == 0 and len(calls) == 3:
+        raise RuntimeError("a crash on one rank")
+    return original(*args, **settings)
+
+
+if __name__ == "__main__":
+    loop.train_step = failing
+    run(parse(sys.argv[1:])[0])
