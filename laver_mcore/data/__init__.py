@@ -4,12 +4,16 @@ sources.py       JSON, parquet or shards     -> Sample           (key, turns, wh
 records.py, finevision.py, image_source.py, shards.py   the formats themselves
 index.py         samples                     -> SourceIndex      (lengths and image sizes, measured once)
 dialogues.py     indices                     -> Dialogues        (all usable samples, numbered through)
-order.py         lengths, weights, seed      -> rows of at most seq_length tokens (packing.py, randomness.py)
+cost.py          a dialogue's numbers        -> what it costs to train on
+order.py         lengths, costs, seed        -> rows of at most seq_length tokens (packing.py, randomness.py)
+steps.py         a step                      -> its rows, ranks and micro-batches even in cost (balance.py)
 prompt.py        turns + image grids         -> EncodedSample    (tokens, labels, image spans; tokenizer.py)
-image_backend.py encoded images              -> pixels or patches (decode.py, dali.py, images.py, native.py)
-steps.py         a step's rows               -> list[Batch]      (assemble.py, workers.py, quarantine.py)
+image_backend.py encoded images              -> pixels or patches (decode.py, dali.py, gpu_backend.py, native.py)
+assemble.py      reading and decoding as tasks, done here or in processes (workers.py)
+ahead.py         tasks of the steps to come  -> list[Batch]      (quarantine.py, device_copy.py)
 batch.py         encoded samples             -> Batch            (one micro-batch, one sequence; layout.py)
-loader.py        all of it, step by step; agreement.py lets the ranks of a model replica agree on failures
+exchange.py      one rank reads for a model replica, and all agree on what failed
+loader.py        all of it, step by step
 masking.py       which visual tokens are hidden, from (seed, sample key, image, step)
 prepare/         published corpora           -> prepared shards
 
