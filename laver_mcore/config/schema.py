@@ -128,7 +128,7 @@ class DataConfig:
     image_folder: str | None = None
     """Folder that image paths are relative to; the JSON file's own folder where not given."""
     image_backend: Literal["pillow", "torch_uint8", "dali", "dali_two_pass"] = "pillow"
-    """Who decodes and resizes: pillow is the reference, torch_uint8 the fastest on CPU, dali uses the GPU of a run on one."""
+    """Who decodes and resizes: pillow is the reference, torch_uint8 fastest on CPU, dali uses the run's GPU if any."""
     num_workers: int = 0
     """Processes that read and tokenise ahead (and decode, with image_backend=pillow); 0 does it in a thread."""
     worker_timeout: float = 30.0
