@@ -205,8 +205,8 @@ def _whole_layer_per_row(config: Config) -> float:
         attention += (
             queries if config.parallel.context_parallel_size > 1 else 0
         )  # the output before its exchange
-    # Both projections in one, SiLU of the gate, the other with Megatron's offset added, and their product.
-    return norms / along + (attention + 5 * ffn) / tp
+    # Both projections in one, and what fused SwiGLU makes of them.
+    return norms / along + (attention + 3 * ffn) / tp
 
 
 def _edges(

@@ -84,7 +84,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         # parameters are sharded, and the gradient norm depends on those marks.
         perform_initialization=True,
         use_cpu_initialization=False,
-        bias_activation_fusion=False,
+        # SwiGLU as one operation: its backward computes anew from its input, so two FFN widths less are kept a row.
+        bias_activation_fusion=True,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
