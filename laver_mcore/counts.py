@@ -13,7 +13,7 @@ import torch.distributed as dist
 from laver_mcore.accounting.work import WORK, StepWork, micro_batch_work
 from laver_mcore.data.batch import Batch
 from laver_mcore.engine import Engine
-from laver_mcore.model.inputs import num_student_rows
+from laver_mcore.model.inputs import num_student_rows, round_up
 from laver_mcore.objectives.gram import num_gram_matrices
 from laver_mcore.objectives.similarity import num_similar_images
 from laver_mcore.pipeline import even_rows
@@ -26,6 +26,15 @@ COUNTS = (*DIVISORS, *WORK)
 def image_lengths(batch: Batch) -> tuple[int, ...]:
     """Visual tokens of every image."""
     return tuple(h * w for h, w in batch.image_grids)
+
+
+def without_tails(batches: Sequence[Batch], engine: Engine) -> list[Batch]:
+    """The batches without whole multiples of padding: packing leaves some at the end of every micro-batch."""
+    pad = engine.config.data.pad_to_multiple
+    lengths = [
+        min(len(batch.tokens_T), round_up(max(1, sum(batch.document_lengths)), pad)) for batch in batches
+    ]
+    return [batch.trimmed(length) for batch, length in zip(batches, even_rows(lengths, engine), strict=True)]
 
 
 def student_rows(batches: Sequence[Batch], engine: Engine) -> list[int]:

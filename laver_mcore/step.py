@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from laver_mcore.accounting.timers import Timers
-from laver_mcore.counts import global_counts, image_lengths, student_rows, teacher_rows
+from laver_mcore.counts import global_counts, image_lengths, student_rows, teacher_rows, without_tails
 from laver_mcore.data.batch import Batch
 from laver_mcore.data.masking import draw_mask
 from laver_mcore.engine import Engine
@@ -147,6 +147,7 @@ def train_step(
 ) -> StepResult:
     """Run one optimizer step over this rank's micro-batches."""
     laver, device = engine.config.laver, engine.topology.device
+    batches = without_tails(batches, engine)
     masks = [draw_masks(batch, engine, knobs) for batch in batches]
     counts = global_counts(batches, masks, engine)
     divisors = counts[: len(LOSSES)].clamp(min=1).float()

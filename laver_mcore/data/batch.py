@@ -1,7 +1,7 @@
 """What one micro-batch hands to the model.
 
-Shapes: T = micro_batch_size * seq_length tokens, M = supervised tokens, N = visual tokens of all images,
-I = images. Documents lie back to back from token 0; the padding is the tail.
+Shapes: T = micro_batch_size * seq_length tokens (fewer once trimmed), M = supervised tokens, N = visual tokens of all
+images, I = images. Documents lie back to back from token 0; the padding is the tail.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.layout import SequenceLayout, concatenate, dialogue_layout
+from laver_mcore.data.layout import SequenceLayout, concatenate, dialogue_layout, trim
 from laver_mcore.data.prompt import IGNORE, EncodedSample
 
 
@@ -37,6 +37,17 @@ class Batch:
     @property
     def num_images(self) -> int:
         return len(self.image_grids)
+
+    def trimmed(self, length: int) -> "Batch":
+        """The same batch without the padding behind its first `length` tokens, which hold all documents."""
+        if sum(self.document_lengths) > length:
+            raise ValueError(f"length={length} cuts documents of {sum(self.document_lengths)} tokens")
+        return replace(
+            self,
+            tokens_T=self.tokens_T[:length],
+            labels_T=self.labels_T[:length],
+            layout=trim(self.layout, length),
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on another device; what is host data stays so."""

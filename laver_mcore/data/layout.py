@@ -134,6 +134,22 @@ def concatenate(layouts: Sequence[SequenceLayout], total_length: int | None = No
     return SequenceLayout(torch.cat([*positions, tail], dim=1), intervals)
 
 
+def trim(layout: SequenceLayout, length: int) -> SequenceLayout:
+    """The first `length` tokens; what follows must be padding."""
+    it = layout.intervals
+    blocks = it.blocks
+    if blocks is not None:
+        blocks = (*(bound for bound in blocks if bound < length), length)
+    intervals = Intervals(
+        row_lo_T=it.row_lo_T[:length],
+        row_hi_T=it.row_hi_T[:length],
+        col_lo_T=it.col_lo_T[:length],
+        col_hi_T=it.col_hi_T[:length],
+        blocks=blocks,
+    )
+    return SequenceLayout(layout.positions_3S[:, :length], intervals)
+
+
 def _shape(segment: Segment) -> tuple[int, int]:
     return (segment[1], 1) if segment[0] == "text" else (segment[1], segment[2])
 

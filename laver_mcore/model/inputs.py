@@ -111,7 +111,8 @@ def _causal(intervals: Intervals) -> Intervals:
     )
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below `value`."""
     return -(-value // multiple) * multiple
 
 
@@ -123,7 +124,7 @@ def share_grids(batch: Batch, num_shares: int) -> tuple[tuple[tuple[int, int], .
 def num_student_rows(batch: Batch, reconstruct: bool, pad_to_multiple: int) -> int:
     """Rows of the student's pass over one micro-batch: the dialogue, and the padded reconstruction sequence."""
     visual = len(batch.visual_rows_N) if reconstruct else 0
-    return len(batch.tokens_T) + _round_up(visual, pad_to_multiple)
+    return len(batch.tokens_T) + round_up(visual, pad_to_multiple)
 
 
 def model_inputs(

@@ -12,6 +12,7 @@ from laver_mcore.accounting.flops import step_flops
 from laver_mcore.accounting.work import StepWork, micro_batch_work
 from laver_mcore.config.schema import Config
 from laver_mcore.data.prompt import IGNORE
+from laver_mcore.model.inputs import round_up
 from tools.training_benchmark.batches import MicroBatch, global_batch, padded_length
 from tools.training_benchmark.setting import Arm, Setting, engine_config, vocabulary
 
@@ -60,12 +61,14 @@ def _micro_batch_work(config: Config, batch: MicroBatch, setting: Setting) -> St
     laver = config.laver.laver
     grids = [(span.height, span.width) for sample in batch.samples for span in sample.image_spans]
     visual, multiple = sum(h * w for h, w in grids), config.data.pad_to_multiple
-    reconstruction = -(-visual // multiple) * multiple if laver else 0
+    reconstruction = round_up(visual, multiple) if laver else 0
+    tokens = sum(len(sample) for sample in batch.samples)
+    dialogue = min(setting.micro_batch_size * setting.seq_length, round_up(tokens, multiple))
     return micro_batch_work(
         config,
         document_lengths=[len(sample) for sample in batch.samples],
         image_grids=grids,
-        student_rows=setting.micro_batch_size * setting.seq_length + reconstruction,
+        student_rows=dialogue + reconstruction,
         teacher_rows=reconstruction,
         supervised_rows=sum(int((sample.labels_L != IGNORE).sum()) for sample in batch.samples),
         masked_rows=sum(int(h * w * config.laver.mask_ratio) for h, w in grids) if laver else 0,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from laver_mcore.data.layout import concatenate, dialogue_layout, reconstruction_layout
+from laver_mcore.data.layout import concatenate, dialogue_layout, reconstruction_layout, trim
 
 
 def dense_mask(documents, total_length):
@@ -146,3 +146,18 @@ def test_layout_moves():
     layout = dialogue_layout([[("text", 2), ("image", 2, 2)]]).to("meta")
     assert layout.positions_3S.device.type == layout.intervals.device.type == "meta"
     assert layout.intervals.blocks == (0, 6)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 5])
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_trimmed_layout_is_that_of_a_shorter_sequence(documents, padding):
+    whole = dialogue_layout(documents)
+    length = len(whole) + padding
+    trimmed = trim(concatenate([whole], length + 9), length)
+    assert len(trimmed) == length
+    trimmed.intervals.validate()
+    assert trimmed.intervals.blocks[-1] == length
+    wanted = dense_mask(documents, length)
+    assert torch.equal(mask_from_rows(trimmed.intervals), wanted)
+    assert torch.equal(mask_from_columns(trimmed.intervals), wanted)
+    assert torch.equal(trimmed.positions_3S, concatenate([whole], length).positions_3S)

@@ -319,6 +319,16 @@ def test_prompts_are_laid_out_as_documents(hugging_face):
     assert batch.image_keys == (("a", 0), ("b", 0))
     assert batch.layout.intervals.blocks == (0, len(prompts[0]), len(prompts[0]) + len(prompts[1]), 128)
     assert batch.layout.positions_3S[:, len(prompts[0])].tolist() == [0, 0, 0]
+    used = len(prompts[0]) + len(prompts[1])
+    trimmed, shorter = (
+        batch.trimmed(used + 3),
+        collate(prompts, ["a", "b"], total_length=used + 3, pad_id=hugging_face.special.pad),
+    )
+    assert torch.equal(trimmed.tokens_T, shorter.tokens_T)
+    assert torch.equal(trimmed.labels_T, shorter.labels_T)
+    assert trimmed.layout.intervals.blocks == shorter.layout.intervals.blocks
+    with pytest.raises(ValueError, match=f"length={used - 1} cuts documents"):
+        batch.trimmed(used - 1)
     with pytest.raises(DataError, match="2 samples hold"):
         collate(prompts, ["a", "b"], total_length=16, pad_id=0)
 
