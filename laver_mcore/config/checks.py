@@ -183,8 +183,8 @@ def check(config: Config) -> None:
     _check_data(config)
     _check_objective(config)
     _check_model(config)
-    _check_parallel(config)
     _check_context_parallel(config)
+    _check_parallel(config)
 
 
 def check_world(config: Config, world_size: int) -> int:
