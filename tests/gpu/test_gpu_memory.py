@@ -46,9 +46,8 @@ def test_within_a_tenth(directory, name):
     steps = data.iterate(
         0, 3, global_batch_size=4, micro_batch_size=4, dp_rank=0, dp_size=1, image_share=(0, 1)
     )
-    for iteration, batches in enumerate(
-        steps
-    ):  # the optimizer's state and libraries' buffers come with the first
+    for iteration, batches in enumerate(steps):
+        # The optimizer's state and libraries' buffers come with the first step; the last one is measured.
         torch.cuda.reset_peak_memory_stats()
         result = train_step(engine, batches, schedules.at(config, iteration))
     torch.cuda.synchronize()
