@@ -19,7 +19,7 @@ from laver_mcore.data.batch import collate
 from laver_mcore.data.images import ImageProcessor
 from laver_mcore.data.prompt import IGNORE, EncodedSample
 from laver_mcore.engine import Network
-from laver_mcore.model.inputs import ModelInputs, model_inputs
+from laver_mcore.model.inputs import ModelInputs, model_inputs, round_up
 from laver_mcore.model.laver import LaverModel, LaverOutput
 from laver_mcore.pipeline import run_pipeline
 
@@ -100,9 +100,7 @@ def _forward(network: Network, samples: list[EncodedSample], features: torch.Ten
     """One pass over packed `samples`; the next token of each on the last stage, zeros elsewhere."""
     topology = network.topology
     lengths = np.array([len(sample) for sample in samples])
-    total = (
-        -(-int(lengths.sum()) // network.config.data.pad_to_multiple) * network.config.data.pad_to_multiple
-    )
+    total = round_up(int(lengths.sum()), network.config.data.pad_to_multiple)
     batch = collate(samples, [""] * len(samples), total_length=total, pad_id=0)
     inputs = model_inputs(
         batch,

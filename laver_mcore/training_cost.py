@@ -7,10 +7,8 @@ from laver_mcore.accounting.work import StepWork, micro_batch_work
 from laver_mcore.config.schema import Config, ParallelConfig
 from laver_mcore.data.cost import PackingCost
 
-_SIDES = (
-    16,
-    48,
-)  # images, in visual tokens, between which the tower's cost is taken as linear plus quadratic
+_SIDES = (16, 48)
+"""Sides of two images, in visual tokens, between which the tower's cost is taken as linear plus quadratic."""
 
 
 def training_cost(config: Config, vocab_size: int) -> PackingCost:

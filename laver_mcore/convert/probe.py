@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from laver_mcore.data.batch import Batch, collate
 from laver_mcore.data.prompt import IGNORE, EncodedSample
-from laver_mcore.model.inputs import AttentionGeometry, ModelInputs, model_inputs
+from laver_mcore.model.inputs import AttentionGeometry, ModelInputs, model_inputs, round_up
 from laver_mcore.model.laver import LaverModel, LaverOutput
 from laver_mcore.parallel import Topology
 
@@ -43,7 +43,7 @@ def probe(
     chunks: list[LaverModel], batch: Batch, geometry: AttentionGeometry, topology: Topology, vocab_size: int
 ) -> Probe:
     """Run `batch` through all stages without gradients; all ranks take part and receive the same `Probe`."""
-    num_rows = -(-len(batch.tokens_T) // topology.tp_size) * topology.tp_size
+    num_rows = round_up(len(batch.tokens_T), topology.tp_size)
     inputs = model_inputs(
         batch, None, num_rows, geometry=geometry, num_shares=topology.num_shares, device=topology.device
     )

@@ -30,6 +30,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from laver_mcore.accounting.weights import padded_vocab
 from laver_mcore.config.schema import Config
 from laver_mcore.model.connector import Connector
 from laver_mcore.model.image_sharing import gather_shares
@@ -50,12 +51,6 @@ class LaverOutput:
     student_NK: torch.Tensor | None
     teacher_NK: torch.Tensor | None
     output_weight_VD: torch.Tensor
-
-
-def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
-    """Megatron's padded vocabulary: a multiple of `divisible_by` x tensor-parallel size."""
-    multiple = divisible_by * tp_size
-    return -(-vocab_size // multiple) * multiple
 
 
 Weights = Callable[[], AbstractContextManager[None]]
@@ -96,9 +91,7 @@ class LaverModel(MegatronModule):
         self.language_model = GPTModel(
             mcore,
             decoder_spec(mcore, config.train.transformer_impl, config.train.kernels, vp_stage),
-            vocab_size=padded_vocab_size(
-                vocab_size, config.model.make_vocab_size_divisible_by, topology.tp_size
-            ),
+            vocab_size=padded_vocab(vocab_size, config),
             max_sequence_length=config.data.seq_length,
             pre_process=self.pre_process,
             post_process=self.post_process,

@@ -19,8 +19,8 @@ class PlainAverage:
         self.names: dict = {}
 
     def __call__(self, engine, batches, knobs, *timers):
+        from laver_mcore.accounting.weights import AVERAGED
         from laver_mcore.model.parameters import named_parameters
-        from laver_mcore.model.teacher import AVERAGED
 
         if not self.averages:
             items = named_parameters(engine.chunks, engine.topology)
