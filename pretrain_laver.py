@@ -3,11 +3,9 @@
 The same program serves a laptop (one process, CPU), one GPU and a cluster. `--help` lists every flag.
 """
 
-import sys
-
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.load import parse, to_yaml
-from laver_mcore.console import refuse, silence_megatron
+from laver_mcore.console import refuse, run_and_leave, silence_megatron
 
 
 def main(argv: list[str]) -> int:
@@ -32,4 +30,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":  # Megatron's checkpoint writer spawns a process that imports this file again
-    sys.exit(main(sys.argv[1:]))
+    run_and_leave(main)

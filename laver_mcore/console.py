@@ -1,9 +1,13 @@
-"""What every entry point does at the terminal: one clear line on bad input, and no noise from libraries."""
+"""What every entry point does at the terminal: one clear line on bad input, no noise from libraries, an end at once."""
 
+import atexit
+import contextlib
 import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from typing import NoReturn
 
 
 def silence_megatron() -> None:
@@ -19,3 +23,21 @@ def refuse(program: str, error: Exception) -> int:
     else:
         time.sleep(3)  # torchrun stops all ranks when the first one leaves: let rank 0 speak
     return 2
+
+
+def run_and_leave(main: Callable[[list[str]], int]) -> NoReturn:
+    """End the process with the exit status of `main(arguments)`: 1 if it raised, 130 if it was interrupted.
+
+    A rank that stops early leaves collectives behind in which it and others wait for each other, and the destructor
+    of a process group waits for those: the interpreter's own end would never come.
+    """
+    try:
+        status = main(sys.argv[1:])
+    except (Exception, KeyboardInterrupt) as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):  # whoever read it may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)

@@ -13,7 +13,8 @@ class ExitSignal:
     """Context in which `signum` no longer ends the process; `received` asks all ranks whether any of them got it.
 
     Ranks are told at different moments, and one that stopped by itself would leave the others waiting in a collective:
-    they ask each other once a step, on a gloo group, so that nobody waits for the GPU.
+    they ask each other once a step, on a gloo group, so that nobody waits for the GPU. One that was told stays deaf to
+    further signals, to end in peace.
     """
 
     def __init__(self, signum: int = signal.SIGTERM) -> None:
@@ -26,7 +27,9 @@ class ExitSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(self._signum, self._previous)
+        # A run that is told to stop is told again: by the scheduler, and by torchrun, which passes it on later.
+        if not self.seen:
+            signal.signal(self._signum, self._previous)
 
     def _remember(self, _signum: int, _frame: FrameType | None) -> None:
         self.seen = True

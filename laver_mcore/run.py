@@ -112,12 +112,17 @@ def _say(message: str, speaks: bool) -> None:
 
 
 def run(config: Config) -> int:
-    """Train as `config` says; returns the exit status 0. Bad input raises before anything is written."""
+    """Train as `config` says; returns the exit status 0. Bad input raises before anything is written.
+
+    The process groups of several ranks are left as they are: end the process with `console.run_and_leave`.
+    """
     device = parallel.init_distributed()
     try:
         train_run(config, device)
+        dist.barrier()  # nobody leaves while others need it
     finally:
-        parallel.shut_down()
+        if dist.get_world_size() == 1:
+            parallel.shut_down()
     return 0
 
 

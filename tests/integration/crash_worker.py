@@ -1,11 +1,10 @@
 """`pretrain_laver.py` whose first rank fails in the middle of its third step, while the others wait for it."""
 
-import sys
-
 import torch.distributed as dist
 
 from laver_mcore import loop
 from laver_mcore.config.load import parse
+from laver_mcore.console import run_and_leave
 from laver_mcore.run import run
 
 original, calls = loop.train_step, []
@@ -20,4 +19,4 @@ def failing(*args, **settings):
 
 if __name__ == "__main__":
     loop.train_step = failing
-    run(parse(sys.argv[1:])[0])
+    run_and_leave(lambda argv: run(parse(argv)[0]))

@@ -24,9 +24,10 @@ def test_sigterm_saves_and_the_run_continues(data_directory, tmp_path):
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)
+    said = log.read_text()
     stopped = int((run / "latest_checkpointed_iteration.txt").read_text())
     assert 2 < stopped < 100_000
-    assert f"told to stop after iteration {stopped}: saved in {run}" in log.read_text()
+    assert f"told to stop after iteration {stopped}: saved in {run}" in said, said[-4000:]
     assert [row["iteration"] for row in read_metrics(run)] == list(range(1, stopped + 1))
     done = torchrun(2, *argv, "--exit-interval", str(stopped + 1))
     assert done.returncode == 0, done.stderr[-4000:]

@@ -4,13 +4,14 @@ Starting processes and importing torch takes longer than training a tiny model, 
 """
 
 import json
-import sys
 import traceback
 import warnings
 from pathlib import Path
 
+from laver_mcore.console import run_and_leave
 
-def main(path: str) -> None:
+
+def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore")
     import torch.distributed as dist
 
@@ -19,7 +20,7 @@ def main(path: str) -> None:
     from laver_mcore.run import train_run
 
     device = parallel.init_distributed(timeout_minutes=2)
-    for scenario in json.loads(Path(path).read_text()):
+    for scenario in json.loads(Path(argv[0]).read_text()):
         config, _ = parse(scenario["argv"])
         try:
             train_run(config, device)
@@ -29,8 +30,8 @@ def main(path: str) -> None:
             if dist.get_rank() == 0:
                 Path(scenario["error"]).write_text(traceback.format_exc())
         dist.barrier()
-    parallel.shut_down()
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_and_leave(main)
