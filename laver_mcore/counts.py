@@ -51,13 +51,18 @@ def teacher_rows(batches: Sequence[Batch], students: Sequence[int], engine: Engi
 
 
 def global_counts(
-    batches: Sequence[Batch], masks: Sequence[np.ndarray | None], engine: Engine
+    batches: Sequence[Batch],
+    masks: Sequence[np.ndarray | None],
+    students: Sequence[int],
+    teachers: Sequence[int],
+    engine: Engine,
 ) -> torch.Tensor:
-    """`COUNTS` summed over micro-batches and data-parallel ranks, float64 on the device."""
+    """`COUNTS` summed over micro-batches and data-parallel ranks, float64 on the device.
+
+    `students` and `teachers` are the rows of their passes over each micro-batch.
+    """
     config = engine.config
     divisors, work = np.zeros(len(DIVISORS)), StepWork()
-    students = student_rows(batches, engine)
-    teachers = teacher_rows(batches, students, engine)
     for batch, mask, student, teacher in zip(batches, masks, students, teachers, strict=True):
         lengths = image_lengths(batch)
         supervised, masked = len(batch.supervised_rows_M), 0 if mask is None else int(mask.sum())

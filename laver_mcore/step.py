@@ -149,9 +149,10 @@ def train_step(
     laver, device = engine.config.laver, engine.topology.device
     batches = without_tails(batches, engine)
     masks = [draw_masks(batch, engine, knobs) for batch in batches]
-    counts = global_counts(batches, masks, engine)
-    divisors = counts[: len(LOSSES)].clamp(min=1).float()
     rows = student_rows(batches, engine)
+    teachers = teacher_rows(batches, rows, engine)
+    counts = global_counts(batches, masks, rows, teachers, engine)
+    divisors = counts[: len(LOSSES)].clamp(min=1).float()
     items = [
         _MicroBatch(
             inputs=model_inputs(
@@ -191,7 +192,7 @@ def train_step(
     engine.optimizer.zero_grad()
     set_learning_rate(engine.optimizer, knobs.learning_rate)
     # Between stages the teacher's rows travel behind the student's.
-    travelling = [a + b for a, b in zip(rows, teacher_rows(batches, rows, engine), strict=True)]
+    travelling = [a + b for a, b in zip(rows, teachers, strict=True)]
     with timers.part("student"):
         collected = run_pipeline(engine, items, travelling, forward_step, forward_only=False)
     with timers.part("optimizer"):
