@@ -1,8 +1,8 @@
 """What a dialogue costs to train on beyond its length, so that rows and ranks can be evened out.
 
-The unit is one token's forward and backward through the decoder's matrices. A packed row pays `seq_length` of them
-whatever it holds, for padding is computed as well; what differs between rows is attention, the LM head, and all
-that images add: the tower, the pairs they see both ways, LaVer's reconstruction and its teacher.
+The unit is one token's forward and backward through the decoder's matrices; every token of a dialogue pays one. What
+differs beyond that is attention, the LM head, and all that images add: the tower, the pairs they see both ways, LaVer's
+reconstruction and its teacher.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Which samples stand in which row: a pure function of (seed, row), for one set or a weighted mixture.
 
 Epochs follow each other without end; an epoch is a permutation of its samples, packed into rows of at most
-seq_length tokens, which are permuted again (packing sorts, and steps must not). A set of weight w
-takes part in an epoch with w times its size: epoch e takes positions [e w n, (e + 1) w n) of the endless
+seq_length tokens, which are permuted again (packing sorts, and steps must not), neighbours alike in cost. A set of
+weight w takes part in an epoch with w times its size: epoch e takes positions [e w n, (e + 1) w n) of the endless
 concatenation of the set's own permutations, so over the epochs every sample of a set is seen equally often.
 """
 
@@ -17,9 +17,10 @@ import numpy as np
 
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.packing import pack
-from laver_mcore.data.randomness import permutation
+from laver_mcore.data.randomness import permutation, random_bits
 
 _KEPT_EPOCHS = 2  # a step may straddle two
+_ALIKE = 512  # rows among which neighbours become alike, a power of two
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class RowOrder:
         costs: np.ndarray | None = None,
     ) -> None:
         self._lengths, self._seq_length, self._seed, self._window = lengths, seq_length, seed, window
-        self._costs = costs
+        self._costs, self._paid = costs, lengths if costs is None else lengths + costs
         starts = [0, len(lengths)] if set_starts is None else [int(start) for start in set_starts]
         self._sets = list(itertools.pairwise(starts))
         if weights is not None and len(weights) != len(self._sets):
@@ -77,11 +78,8 @@ class RowOrder:
             return rows.members[rows.starts[number] : rows.starts[number + 1]].tolist()
 
     def row_cost(self, index: int) -> int:
-        """What row `index` costs, in tokens' worth of the decoder's matrices; all alike without `costs`.
-
-        Padding is computed as well, so every row pays for `seq_length` tokens.
-        """
-        return self._seq_length + (0 if self._costs is None else int(self._costs[self.row(index)].sum()))
+        """What row `index` costs, in tokens' worth of the decoder's matrices; its length without `costs`."""
+        return int(self._paid[self.row(index)].sum())
 
     def samples_of(self, epoch: int) -> np.ndarray:
         """The samples (numbers) of an epoch in the order in which they are packed."""
@@ -109,7 +107,12 @@ class RowOrder:
                 raise DataError(
                     f"epoch {epoch} holds no sample: the weights are too small for so few samples"
                 )
-            shuffled = [bins[index] for index in permutation(len(bins), "rows", self._seed, epoch)]
+            places = permutation(len(bins), "rows", self._seed, epoch)
+            if costs is not None:
+                paid = self._paid[order]
+                row_costs = np.array([paid[bins[place]].sum() for place in places])
+                places = places[neighbours_alike(row_costs, "alike", self._seed, epoch)]
+            shuffled = [bins[place] for place in places]
             while len(self._epochs) >= _KEPT_EPOCHS:
                 del self._epochs[next(iter(self._epochs))]
             self._epochs[epoch] = _Rows(
@@ -117,3 +120,23 @@ class RowOrder:
                 starts=np.cumsum([0, *map(len, shuffled)]),
             )
         return self._epochs[epoch]
+
+
+def neighbours_alike(costs: np.ndarray, *names: str | int) -> np.ndarray:
+    """A random order of rows in which each 2, 4, ... `_ALIKE` rows from a multiple on cost about the same.
+
+    So do the ranks of a step then, even with one row each. Of `_ALIKE` rows in ascending cost the halves change
+    places or not, then the halves of each half, and so on.
+    """
+    order = np.empty_like(costs)
+    for start in range(0, costs.size, _ALIKE):
+        part = costs[start : start + _ALIKE]
+        ranks = np.empty(part.size, dtype=np.int64)
+        ranks[np.argsort(part, kind="stable")] = np.arange(part.size)
+        changes = (random_bits(_ALIKE, *names, start) >> np.uint64(63)).astype(np.int64)
+        places = np.zeros_like(ranks)
+        for level in range(_ALIKE.bit_length() - 1):  # of a binary tree, whose nodes are counted as in a heap
+            node = (_ALIKE + ranks) >> (level + 1)
+            places |= ((ranks >> level & 1) ^ changes[node]) << level
+        order[start : start + _ALIKE] = start + np.argsort(places)
+    return order

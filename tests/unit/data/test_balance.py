@@ -18,7 +18,7 @@ from laver_mcore.config.schema import (
     VisionConfig,
 )
 from laver_mcore.data.balance import assign_rows, image_shares, imbalance
-from laver_mcore.data.order import RowOrder
+from laver_mcore.data.order import RowOrder, neighbours_alike
 from laver_mcore.training_cost import training_cost
 
 DOCUMENTS = {
@@ -104,19 +104,19 @@ def orders(seq_length, num=20_000):
     costs = STAGE_2.documents(lengths, visual, squares)
     balanced = RowOrder(lengths, seq_length=seq_length, seed=0, costs=costs)
     by_length = RowOrder(lengths, seq_length=seq_length, seed=0)
-    return lengths, costs, balanced, by_length
+    return lengths, lengths + costs, balanced, by_length
 
 
 def fill(lengths, order, seq_length):
     return lengths.sum() / (order.rows_per_epoch(0) * seq_length)
 
 
-def mean_imbalance(order, costs, dp_size, rows_per_rank, seq_length, *, assign):
-    """Over the steps of an epoch; `assign` None deals rows out as they come."""
+def mean_imbalance(order, costs, dp_size, rows_per_rank, *, assign):
+    """Over the steps of two epochs; `assign` None deals rows out as they come."""
     size = dp_size * rows_per_rank
     found = []
-    for step in range(order.rows_per_epoch(0) // size):
-        rows = [seq_length + costs[order.row(step * size + row)].sum() for row in range(size)]
+    for step in range((order.rows_per_epoch(0) + order.rows_per_epoch(1)) // size):
+        rows = [costs[order.row(step * size + row)].sum() for row in range(size)]
         if assign is None:
             loads = np.array(rows).reshape(rows_per_rank, dp_size).sum(0)
         else:
@@ -126,21 +126,40 @@ def mean_imbalance(order, costs, dp_size, rows_per_rank, seq_length, *, assign):
     return float(np.mean(found))
 
 
-@pytest.mark.parametrize(("dp_size", "rows_per_rank"), [(8, 4), (8, 16), (16, 8)])
+@pytest.mark.parametrize(("dp_size", "rows_per_rank"), [(8, 1), (64, 1), (8, 4), (8, 16), (16, 8)])
 @pytest.mark.parametrize("seq_length", [2048, 8192])
 def test_ranks_are_even_to_five_percent(dp_size, rows_per_rank, seq_length):
     _, costs, balanced, by_length = orders(seq_length)
-    even = mean_imbalance(balanced, costs, dp_size, rows_per_rank, seq_length, assign=assign_rows)
-    plain = mean_imbalance(by_length, costs, dp_size, rows_per_rank, seq_length, assign=None)
+    even = mean_imbalance(balanced, costs, dp_size, rows_per_rank, assign=assign_rows)
+    plain = mean_imbalance(by_length, costs, dp_size, rows_per_rank, assign=None)
     assert even <= 0.05
     assert even < 0.6 * plain
 
 
 def test_even_rows_are_full_rows():
-    lengths, costs, balanced, by_length = orders(8192)
+    lengths, _, balanced, _ = orders(8192)
     assert fill(lengths, balanced, 8192) >= 0.97
-    alone = [mean_imbalance(order, costs, 8, 1, 8192, assign=None) for order in (balanced, by_length)]
-    assert alone[0] < 0.6 * alone[1]  # one row a rank: packing alone has to be even
+
+
+@pytest.mark.parametrize("run", [2, 8, 64, 512])
+def test_neighbours_are_alike(run):
+    """Rows that follow each other from a multiple of `run` on follow each other in cost as well."""
+    costs = np.random.default_rng(run).permutation(2 * 512)
+    order = neighbours_alike(costs, "test", 0)
+    assert sorted(order) == list(range(1024))
+    for block in (order[:512], order[512:]):
+        assert set(block) in (set(range(512)), set(range(512, 1024)))  # nobody moves further
+        ranks = np.argsort(np.argsort(costs[block]))
+        for part in ranks.reshape(-1, run):
+            assert part.max() - part.min() == run - 1
+
+
+def test_neighbours_change_places_at_random():
+    """Every row is in any place equally often."""
+    orders = np.array([neighbours_alike(np.arange(512), "test", seed) for seed in range(2000)])
+    assert abs(np.mean(orders[:, [0, 1, 300, 511]], axis=0) - 255.5).max() < 16
+    rises = np.mean(np.diff(orders, axis=1) > 0)
+    assert abs(rises - 0.5) < 0.02
 
 
 def test_samples_of_one_kind_do_not_stand_together():

@@ -52,7 +52,7 @@ def test_packing_window_and_cost_change_the_rows(folder):
     rows = [data.row(row) for data in (plain, other) for row in range(4)]
     assert rows[:4] != rows[4:]
     costs = {plain.row_cost(row) for row in range(8)}
-    assert len(costs) > 1 and min(costs) > 128  # seq_length, and what the dialogues add
+    assert len(costs) > 1 and min(costs) > 128  # a row's tokens, and what its dialogues add
 
 
 @pytest.mark.parametrize("bounds", [(None, None), (28 * 28, 40_000), (None, 40_000), (300_000, None)])
