@@ -177,6 +177,34 @@ def _cumulative(bounds: list[int], device: torch.device) -> tuple[Tensor, int]:
     return torch.tensor(bounds, dtype=torch.int32, device=device), longest
 
 
+MOST_COMPILED_SIZES = 8  # every further image size is a part of the graph of its own: minutes of compilation
+
+
+def gram(teacher: Tensor, lengths: tuple[int, ...]) -> dict[str, Builder]:
+    """The clipped Gram loss in bf16, images of one size as one batch: what eager PyTorch does at its best."""
+    runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
+
+    def plain(student: Tensor) -> Tensor:
+        losses = []
+        start = 0
+        for length, count in runs:
+            rows = slice(start, start + length * count)
+            student_BNK, teacher_BNK = (
+                F.normalize(z[rows].view(count, length, -1), dim=-1) for z in (student, teacher)
+            )
+            excess_BNN = (student_BNK @ student_BNK.mT - teacher_BNK @ teacher_BNK.mT).clamp(min=0)
+            losses.append(excess_BNN.square().sum(dtype=torch.float32) / length**2)
+            start = rows.stop
+        return torch.stack(losses).sum()
+
+    def build_compiled() -> Callable[..., Tensor]:
+        if len(runs) > MOST_COMPILED_SIZES:
+            raise LeftOut(f"{len(runs)} image sizes would compile for minutes")
+        return compiled(plain)
+
+    return {"eager bf16": lambda: plain, "compiled": build_compiled}
+
+
 def head(targets: Tensor) -> dict[str, Builder]:
     """Logits of all rows, eager and compiled, fused losses where installed, and the bare matrix products."""
 
@@ -186,7 +214,8 @@ def head(targets: Tensor) -> dict[str, Builder]:
     return {
         "eager": lambda: plain,
         "compiled": lambda: compiled(plain),
-        GEMMS_ALONE: lambda: _ThreeProducts.apply,
+        # By position: up to torch 2.11 `apply` takes no keywords.
+        GEMMS_ALONE: lambda: lambda hidden, weight: _ThreeProducts.apply(hidden, weight),
         "liger": where_installed("liger_kernel", lambda: _liger(targets)),
         "cut cross-entropy": where_installed("cut_cross_entropy", lambda: _cut_cross_entropy(targets)),
     }

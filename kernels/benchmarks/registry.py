@@ -23,7 +23,6 @@ from laver_kernels.testing import (
     gram_problem,
     head_problem,
     latent_problem,
-    plain_gram,
 )
 from laver_kernels.testing_masks import (
     Document,
@@ -140,17 +139,13 @@ def _small_attention(mix: str, device: str, rotate: bool = False, head_dim: int 
 def gram_workload(lengths: tuple[int, ...], width: int, device: str = "cuda") -> Workload:
     num_rows = sum(lengths)
     teacher = random_tensor((num_rows, width), 0, device)
-
-    def plain(student: Tensor) -> Tensor:
-        return plain_gram(student, teacher, lengths, True)
-
     # Forward: one triangle each of student and teacher. Backward: W z. Latents are read, the gradient written.
     flops = float(sum(2 * n * n * width for n in lengths))
     latents = 2.0 * num_rows * width
     return Workload(
         make_inputs=lambda seed: {"student": random_tensor((num_rows, width), seed + 1, device) + 0.1},
         ours=lambda student: gram_loss(student, teacher, lengths, impl="triton"),
-        baselines={"eager bf16": lambda: plain, "compiled": lambda: baselines.compiled(plain)},
+        baselines=baselines.gram(teacher, lengths),
         unit="TF/s",
         work={
             "forward": Work(flops=flops, bytes=2 * latents),

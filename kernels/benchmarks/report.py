@@ -24,7 +24,8 @@ class Machine:
     l2_bytes: int
 
     @classmethod
-    def here(cls) -> "Machine":
+    def here(cls, commit: str | None = None) -> "Machine":
+        """This GPU and these versions; `commit` names the sources where they lie outside a repository."""
         import triton
 
         properties = torch.cuda.get_device_properties(0)
@@ -34,7 +35,7 @@ class Machine:
             torch=torch.__version__,
             triton=triton.__version__,
             cuda=str(torch.version.cuda),
-            commit=_commit(),
+            commit=commit or _commit(),
             teraflops=peaks[0],
             gigabytes=peaks[1],
             l2_bytes=properties.L2_cache_size,

@@ -4,14 +4,16 @@
     python kernels/benchmarks/run.py --operations gram_loss ema_update_
     python kernels/benchmarks/run.py --only "TP=4" --minutes 9    # cases with a word in their name, stops in time
     python kernels/benchmarks/run.py --resume --minutes 9         # everything that has no row yet, call after call
+    python kernels/benchmarks/run.py --quick --baselines none     # ours alone, without minutes of compiling others
     python kernels/benchmarks/run.py --check                      # the correctness half alone
 
 Nothing is timed while a check is red. On a CPU only the checks run (through Triton's interpreter): no time
 measured there says anything about the kernels. Results are written after every case, and a call adds to the
-rows that the same commit has on the same GPU.
+rows that the same commit has on the same GPU. A case that fails is named and costs the others nothing.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -28,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import report
 import timing
 from registry import all_benchmarks
-from workload import Benchmark
+from workload import Benchmark, Workload
 
 from laver_kernels.testing import measure
 
@@ -75,6 +77,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="check correctness and stop")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after this long")
     parser.add_argument("--resume", action="store_true", help="skip cases that have their rows already")
+    parser.add_argument(
+        "--baselines", nargs="+", metavar="NAME", help="time only these beside ours; none: none"
+    )
+    parser.add_argument("--commit", help="what the rows name as commit, where the sources are no repository")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args(argv)
     arguments.chosen = [
@@ -91,23 +97,45 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def time_all(
     benchmarks: list[Benchmark], machine: report.Machine, clock: timing.Clock, arguments: argparse.Namespace
-) -> list[Path]:
-    """Times one case after another, prints and writes its rows, and stops when the minutes are over."""
+) -> int:
+    """Times one case after another, prints and writes its rows, stops when the minutes are over; returns failures."""
     begin = time.monotonic()
     rows = {(row.operation, row.case, row.direction): row for row in report.read(machine, arguments.output)}
     if arguments.resume:
         done = {key[:2] for key in rows}
         benchmarks = [b for b in benchmarks if (b.operation, b.case) not in done]
+    failures = 0
     written: list[Path] = []
     for number, benchmark in enumerate(benchmarks):
         if time.monotonic() - begin > 60 * arguments.minutes:
             print(f"{len(benchmarks) - number} cases left: call again with --resume")
             break
-        new = timing.time_benchmark(benchmark, machine, arguments.repeats, clock)
+        benchmark = _with_baselines(benchmark, arguments.baselines)
+        try:
+            new = timing.time_benchmark(benchmark, machine, arguments.repeats, clock)
+        except Exception as error:
+            failures += 1
+            print(f"FAIL  {benchmark.operation} {benchmark.case}: {timing.reason(error)}", flush=True)
+            continue
         print(report.table(new, header=number == 0), flush=True)
         rows |= {(row.operation, row.case, row.direction): row for row in new}
         written = report.write(list(rows.values()), machine, arguments.output)
-    return written
+    print("\n".join(f"wrote {path}" for path in written))
+    return failures
+
+
+def _with_baselines(benchmark: Benchmark, names: list[str] | None) -> Benchmark:
+    """The same case beside the named baselines alone; None leaves all."""
+    if names is None:
+        return benchmark
+
+    def build(device: str) -> Workload:
+        made = benchmark.build(device)
+        chosen = {name: each for name, each in made.baselines.items() if name in names}
+        extra = {name: each for name, each in made.extra_times.items() if name in names}
+        return dataclasses.replace(made, baselines=chosen, extra_times=extra)
+
+    return dataclasses.replace(benchmark, build=build)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,9 +152,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # Graphs are kept for several backwards; a compiled one would otherwise give its buffers away in the first.
     torch._functorch.config.donated_buffer = False
-    written = time_all(arguments.chosen, report.Machine.here(), timing.CudaClock(), arguments)
-    print("\n".join(f"wrote {path}" for path in written))
-    return 0
+    machine = report.Machine.here(arguments.commit)
+    return int(time_all(arguments.chosen, machine, timing.CudaClock(), arguments) > 0)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def time_benchmark(benchmark: Benchmark, machine: Machine, repeats: int, clock: 
     """One row per direction. A baseline that cannot run, or disagrees with ours, is named with the reason."""
     clock.forget()
     workload = benchmark.build(clock.device)
-    copies = _copies(workload, machine.l2_bytes)
+    copies = rotated_copies(workload, machine.l2_bytes)
     contenders, left_out = _agreeing(workload, copies[0])
     rows = []
     for direction in workload.work:
@@ -88,11 +88,11 @@ def time_benchmark(benchmark: Benchmark, machine: Machine, repeats: int, clock: 
         measured: dict[str, tuple[float, int]] = {}
         for name, function in ({"ours": workload.ours} | contenders).items():
             try:
-                measured[name] = _measure(function, copies, direction, repeats, clock)
+                measured[name] = measure_direction(function, copies, direction, repeats, clock)
             except Exception as error:
                 if name == "ours":
                     raise
-                missing[name] = _reason(error)
+                missing[name] = reason(error)
         extra = {}
         if direction == "forward":
             for name, function in workload.extra_times.items():
@@ -107,7 +107,7 @@ def _time_alone(
     try:
         return statistics.median(clock.milliseconds(lambda _: function(), [None], repeats))
     except Exception as error:
-        missing[name] = _reason(error)
+        missing[name] = reason(error)
         return None
 
 
@@ -140,7 +140,7 @@ def _row(
     )
 
 
-def _copies(workload: Workload, l2_bytes: int) -> list[dict[str, Tensor]]:
+def rotated_copies(workload: Workload, l2_bytes: int) -> list[dict[str, Tensor]]:
     """Enough sets of inputs that one is gone from L2 before its turn comes again."""
     first = workload.make_inputs(0)
     size = sum(x.nbytes for x in first.values())
@@ -164,7 +164,7 @@ def _agreeing(
             function = build()
             distance = (_output(function, inputs) - want).norm()
         except Exception as error:
-            left_out[name] = _reason(error)
+            left_out[name] = reason(error)
             continue
         if name == GEMMS_ALONE or distance <= 0.05 * want.norm() + 1e-6:
             agreeing[name] = function
@@ -178,7 +178,7 @@ def _output(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Tenso
     return function(**{name: x.detach().clone() for name, x in inputs.items()}).float()
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One line for the table; a reason of ours as it is."""
     if isinstance(error, LeftOut):
         return str(error)
@@ -188,7 +188,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
 
 
-def _measure(
+def measure_direction(
     function: Callable[..., Tensor], copies: list, direction: str, repeats: int, clock: Clock
 ) -> tuple[float, int]:
     """Median milliseconds and peak bytes; the backward's peak includes its forward."""

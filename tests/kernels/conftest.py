@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,3 +54,19 @@ def bf16_interpreter(monkeypatch):
         from interpreter_bf16 import repair
 
         repair(monkeypatch)
+
+
+BENCHMARKS = str(Path(KERNELS) / "benchmarks")
+NAMES = ("baselines", "workload", "registry", "report", "timing", "run", "tune")
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """The benchmarks' modules, which are scripts beside one another and no package."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    before = {name: sys.modules.pop(name, None) for name in NAMES}
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
+    for name, module in before.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module

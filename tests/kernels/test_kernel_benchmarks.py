@@ -1,30 +1,9 @@
 """What the benchmarks rest on: every registered case, and the decomposed baseline's arithmetic."""
 
 import dataclasses
-import importlib
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-
-BENCHMARKS = str(Path(__file__).resolve().parents[2] / "kernels" / "benchmarks")
-
-
-NAMES = ("baselines", "workload", "registry", "report", "timing", "run")
-
-
-@pytest.fixture
-def modules(monkeypatch):
-    """The benchmarks' modules, which are scripts beside one another and no package."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    before = {name: sys.modules.pop(name, None) for name in NAMES}
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-    for name, module in before.items():
-        sys.modules.pop(name, None)
-        if module is not None:
-            sys.modules[name] = module
 
 
 def test_registered_shapes(modules):
@@ -226,13 +205,41 @@ def test_a_run_in_several_calls_adds_to_its_rows(modules, tmp_path, monkeypatch,
     )
     machine = _machine(modules.report)
     assert [benchmark.case for benchmark in arguments.chosen] == ["64 x 729, K=3584", "64 x 1024, K=3584"]
-    modules.run.time_all(arguments.chosen[:1], machine, PretendedClock(), arguments)
-    modules.run.time_all(arguments.chosen, machine, PretendedClock(), arguments)
+    assert modules.run.time_all(arguments.chosen[:1], machine, PretendedClock(), arguments) == 0
+    assert modules.run.time_all(arguments.chosen, machine, PretendedClock(), arguments) == 0
     assert timed == ["64 x 729, K=3584", "64 x 1024, K=3584"]
     assert len(modules.report.read(machine, tmp_path)) == 2
     arguments.minutes = -1.0
     modules.run.time_all(arguments.chosen, _machine(modules.report, commit="new"), None, arguments)
     assert "2 cases left" in capsys.readouterr().out
+
+
+def test_a_case_that_fails_costs_the_others_nothing(modules, tmp_path, monkeypatch, capsys):
+    def pretend(benchmark, machine, repeats, clock):
+        if "729" in benchmark.case:
+            raise torch.OutOfMemoryError("much")
+        return [_row(modules.report, operation=benchmark.operation, case=benchmark.case)]
+
+    monkeypatch.setattr(modules.timing, "time_benchmark", pretend)
+    arguments = modules.run.parse(["--operations", "gram_loss", "--quick", "--output", str(tmp_path)])
+    machine = _machine(modules.report)
+    assert modules.run.time_all(arguments.chosen, machine, PretendedClock(), arguments) == 1
+    assert [row.case for row in modules.report.read(machine, tmp_path)] == ["64 x 1024, K=3584"]
+    assert "FAIL  gram_loss 64 x 729, K=3584: out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the clock pretends, on CPU tensors")
+@pytest.mark.parametrize(("names", "left"), [(["none"], set()), (["eager"], {"eager"})])
+def test_only_the_named_baselines_are_timed(names, left, modules, tmp_path, bf16_interpreter):
+    pytest.importorskip("triton")
+    small = modules.workload.Benchmark(
+        operation="latent_cross_entropy", case="small", guard=None,
+        build=lambda device: modules.registry.latent_workload(9, 4, 16, "cpu"),
+    )  # fmt: skip
+    arguments = modules.run.parse(["--baselines", *names, "--output", str(tmp_path)])
+    machine = _machine(modules.report)
+    assert modules.run.time_all([small], machine, PretendedClock(), arguments) == 0
+    assert {frozenset(row.baselines) for row in modules.report.read(machine, tmp_path)} == {frozenset(left)}
 
 
 def test_a_red_check_stops_before_any_timing(modules, monkeypatch, capsys):

@@ -144,7 +144,7 @@ def _launch_gradient(
         wave.w_starts, num_rows, width, student.stride(0), out.stride(0),
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, DOTS_BLOCK=layout.gram.rows,
         EVEN=width % tile.columns == 0, WIDE=w.dtype != student.dtype,
-        PRECISION=dot_precision(student.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        PRECISION=dot_precision(w.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 

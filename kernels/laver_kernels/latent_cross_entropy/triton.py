@@ -80,8 +80,8 @@ def _backward(ctx, grad, *_):
         return (None,) * 7
     rows_M, grad_MK = ctx.saved_tensors
     dstudent_NK = grad_MK.new_zeros(ctx.student_shape)
-    # Rows are distinct: a copy, not an addition, and so in a fixed order.
-    dstudent_NK = dstudent_NK.index_copy(0, rows_M, (grad_MK * grad).to(grad_MK.dtype))
+    # Rows are distinct: a copy, not an addition, and so in a fixed order. In place: `index_copy` would copy the zeros.
+    dstudent_NK.index_copy_(0, rows_M, (grad_MK * grad).to(grad_MK.dtype))
     return dstudent_NK, None, None, None, None, None, None
 
 
