@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,6 @@ pytest.importorskip("triton")
 
 DOCTORED = """
 import dataclasses, sys
-sys.path[:0] = sys.argv[1:]
 import aot
 from laver_kernels import aot_cases, configs
 
@@ -31,17 +31,23 @@ FAILURES = (
 )
 
 
-def test_doctored_configurations_fall_out(request):
-    kernels = str(request.config.rootpath / "kernels")
+def _uninterpreted(request, *arguments: str) -> subprocess.CompletedProcess:
+    """A Python of its own, in which kernels are for the compiler."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", DOCTORED, kernels],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    environment["PYTHONPATH"] = str(request.config.rootpath / "kernels")
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_what_is_compiled_is_what_is_launched(request):
+    """Types, constants, multiples of 16, warps and stages of every launch of a 7B model, by the JIT's own rules."""
+    done = _uninterpreted(request, str(Path(__file__).with_name("launched_cases.py")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 differences, not launched: []" in done.stdout
+
+
+def test_doctored_configurations_fall_out(request):
+    done = _uninterpreted(request, "-c", DOCTORED)
     table = done.stdout.splitlines()
     assert done.returncode == 4, done.stdout + done.stderr
     assert table[-1] == "5 configurations, 4 failed"
