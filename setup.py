@@ -23,7 +23,7 @@ setup(
         f"laver-kernels=={VERSION}",
         "torch>=2.11",
         "megatron-core>=0.16.1,<0.17",
-        "transformers>=5.0",
+        "transformers>=5.17",
         "tyro>=1.0",
         "pydantic>=2.10",
         "pyyaml>=6.0",

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from laver_mcore.accounting.work import WORK, StepWork, micro_batch_work
 from laver_mcore.data.batch import Batch
+from laver_mcore.data.device_copy import send
 from laver_mcore.engine import Engine
 from laver_mcore.model.inputs import num_student_rows, round_up
 from laver_mcore.objectives.gram import num_gram_matrices
@@ -78,7 +79,7 @@ def global_counts(
             masked_rows=masked,
         )
     local = torch.tensor([*divisors, *astuple(work)], dtype=torch.float64)
-    counts = local.to(engine.topology.device, non_blocking=True)
+    counts = send(local, engine.topology.device)
     dist.all_reduce(counts, group=engine.topology.dp_group)
     return counts
 

@@ -6,7 +6,7 @@ total is the same number under every parallel layout.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from laver_mcore.accounting.timers import Timers
 from laver_mcore.counts import global_counts, image_lengths, student_rows, teacher_rows, without_tails
 from laver_mcore.data.batch import Batch
+from laver_mcore.data.device_copy import send
 from laver_mcore.data.masking import draw_mask
 from laver_mcore.engine import Engine
 from laver_mcore.model.inputs import ModelInputs, model_inputs
@@ -57,7 +58,8 @@ class _MicroBatch:
     """One micro-batch on its way through the pipeline."""
 
     inputs: ModelInputs
-    batch: Batch
+    labels_T: torch.Tensor
+    supervised_rows_M: torch.Tensor
     image_lengths: tuple[int, ...]
     masked_rows_M: torch.Tensor
 
@@ -108,7 +110,8 @@ def _micro_batch_sums(item: _MicroBatch, output: LaverOutput, engine: Engine) ->
     zero = output.dialogue_TD.new_zeros((), dtype=torch.float32)
     lm = next_token_sum(
         output,
-        item.batch,
+        item.labels_T,
+        item.supervised_rows_M,
         vocab_size=engine.vocab_size,
         tp_group=engine.topology.tp_group,
         share=(engine.topology.cp_rank, engine.topology.cp_size),
@@ -163,11 +166,10 @@ def train_step(
                 num_shares=engine.topology.num_shares,
                 device=device,
             ),
-            batch=replace(batch, pixels=None).to(device, non_blocking=True),
+            labels_T=send(batch.labels_T, device),
+            supervised_rows_M=send(batch.supervised_rows_M, device),
             image_lengths=image_lengths(batch),
-            masked_rows_M=torch.from_numpy(np.flatnonzero(mask if mask is not None else [])).to(
-                device, non_blocking=True
-            ),
+            masked_rows_M=send(torch.from_numpy(np.flatnonzero(mask if mask is not None else [])), device),
         )
         for batch, mask, num_rows in zip(batches, masks, rows, strict=True)
     ]

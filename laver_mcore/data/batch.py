@@ -49,18 +49,6 @@ class Batch:
             layout=trim(self.layout, length),
         )
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch on another device; what is host data stays so."""
-        moved = {
-            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors().items()
-        }
-        return replace(self, layout=self.layout.to(device, non_blocking), **moved)  # type: ignore[arg-type]
-
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory; needs a GPU."""
-        pinned = {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
-        return replace(self, layout=self.layout.pin_memory(), **pinned)  # type: ignore[arg-type]
-
     def tensors(self) -> dict[str, Tensor]:
         """All tensors but those of the layout, by field."""
         names = ("tokens_T", "labels_T", "supervised_rows_M", "visual_rows_N", "pixels")

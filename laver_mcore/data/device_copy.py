@@ -4,8 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from laver_mcore.data.batch import Batch
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same tensor on `device`, its copy begun and not waited for; itself if it is there already.
+
+    A GPU is reached through page-locked memory: before it copies more than 64 KiB of ordinary memory the driver may
+    wait for all that the stream has to do. Page-locked memory is reused only when the copy is over.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +42,8 @@ class DeviceCopies:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             moved = []
             for batch in batches:
-                tensors = {
-                    # Pixels of a GPU backend are there already. Pinned memory is reused only when the copy is over.
-                    name: tensor
-                    if tensor.is_cuda
-                    else tensor.pin_memory().to(self._device, non_blocking=True)
-                    for name, tensor in batch.tensors().items()
-                }
+                # Pixels of a GPU backend are there already.
+                tensors = {name: send(tensor, self._device) for name, tensor in batch.tensors().items()}
                 moved.append(replace(batch, **tensors))  # type: ignore[arg-type]
             event = torch.cuda.Event()
             event.record(self._stream)

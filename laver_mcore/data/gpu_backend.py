@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from laver_mcore.data import dali
+from laver_mcore.data.device_copy import send
 from laver_mcore.data.image_backend import WantedImage, by_pillow, centre_crop, fits, read_all
 from laver_mcore.data.images import ImageProcessor
 
@@ -44,6 +45,6 @@ class GpuPixels:
         for position, (image, tensor) in enumerate(zip(images, decoded, strict=True)):
             if tensor is None or not fits(image, tensor.shape):
                 host = torch.from_numpy(by_pillow(image, encoded[position], position, failures))
-                tensor = host.pin_memory().to(self._device, non_blocking=True)
+                tensor = send(host, self._device)
             found.append(tensor)
         return found

@@ -26,25 +26,6 @@ class SequenceLayout:
     def __len__(self) -> int:
         return self.positions_3S.shape[1]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "SequenceLayout":
-        """The same layout on another device."""
-        return SequenceLayout(
-            self.positions_3S.to(device, non_blocking=non_blocking),
-            self.intervals.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> "SequenceLayout":
-        """The same layout in page-locked memory, which a GPU can copy from asynchronously."""
-        it = self.intervals
-        pinned = Intervals(
-            row_lo_T=it.row_lo_T.pin_memory(),
-            row_hi_T=it.row_hi_T.pin_memory(),
-            col_lo_T=it.col_lo_T.pin_memory(),
-            col_hi_T=it.col_hi_T.pin_memory(),
-            blocks=it.blocks,
-        )
-        return SequenceLayout(self.positions_3S.pin_memory(), pinned)
-
 
 def dialogue_layout(documents: Sequence[Sequence[Segment]]) -> SequenceLayout:
     """Lay documents side by side, without padding.

@@ -12,8 +12,12 @@ import torch
 from laver_kernels import Intervals, rope_table
 from laver_mcore.data.balance import image_shares
 from laver_mcore.data.batch import Batch
+from laver_mcore.data.device_copy import send
 from laver_mcore.data.layout import SequenceLayout, concatenate, reconstruction_layout
 from laver_mcore.model.mixed_attention import PackedLayout
+
+_BOUNDS = ("row_lo_T", "row_hi_T", "col_lo_T", "col_hi_T")
+"""Tensors of `Intervals`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,7 @@ def _packed(
     layout = concatenate(layouts, num_rows)
     positions_3S = layout.positions_3S if geometry.rope_2d else _one_dimensional(layout)
     rope = rope_table(
-        positions_3S.to(device, non_blocking=True),
+        send(positions_3S, device),
         geometry.head_dim,
         geometry.rotary_base,
         geometry.mrope_section,
@@ -81,7 +85,7 @@ def _after(packed: PackedLayout, start: int) -> PackedLayout:
     moved = {
         # Bounds of an empty row may lie before `start`; they mean nothing, but are not to be negative.
         name: (getattr(packed.intervals, name)[start:] - start).clamp(min=0)
-        for name in ("row_lo_T", "row_hi_T", "col_lo_T", "col_hi_T")
+        for name in _BOUNDS
     }
     blocks = packed.intervals.blocks
     if blocks is not None:
@@ -92,7 +96,8 @@ def _after(packed: PackedLayout, start: int) -> PackedLayout:
 
 def _to(packed: PackedLayout, device: torch.device) -> PackedLayout:
     assert packed.intervals is not None
-    return replace(packed, intervals=packed.intervals.to(device, non_blocking=True))
+    moved = {name: send(getattr(packed.intervals, name), device) for name in _BOUNDS}
+    return replace(packed, intervals=replace(packed.intervals, **moved))
 
 
 def _one_dimensional(layout: SequenceLayout) -> torch.Tensor:
@@ -149,11 +154,11 @@ def model_inputs(
         num_rows=num_rows,
         num_dialogue=num_dialogue,
         num_visual=num_visual,
-        tokens_T=batch.tokens_T.to(device, non_blocking=True),
-        visual_rows_N=batch.visual_rows_N.to(device, non_blocking=True),
-        pixels=None if batch.pixels is None else batch.pixels.to(device, non_blocking=True),
+        tokens_T=send(batch.tokens_T, device),
+        visual_rows_N=send(batch.visual_rows_N, device),
+        pixels=None if batch.pixels is None else send(batch.pixels, device),
         features=features,
         share_grids=share_grids(batch, num_shares),
         reconstruct=masked_N is not None,
-        masked_N=None if masked_N is None else torch.from_numpy(masked_N).to(device, non_blocking=True),
+        masked_N=None if masked_N is None else send(torch.from_numpy(masked_N), device),
     )

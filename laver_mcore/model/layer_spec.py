@@ -74,6 +74,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1 and not interleaved,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # a wait for the GPU after every exchange, against a fault of torch before 2.0
         moe_token_dispatcher_type="alltoall",  # there is no MoE; Megatron refuses variable lengths with its default
         # Losses are divided by global counts in the forward step; Megatron must neither average over micro-batches
         # nor over data-parallel ranks, which is what this flag turns off.

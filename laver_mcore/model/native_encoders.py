@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from laver_mcore.config.checks import ConfigError
+from laver_mcore.data.device_copy import send
 from laver_mcore.model.vision_encoders import read_config_file
 
 Grids = Sequence[tuple[int, int]]
@@ -82,9 +83,18 @@ class QwenEncoder(NativeEncoder):
         self.hidden_size = getattr(tower.config, "out_hidden_size", None) or tower.config.hidden_size
 
     def encode(self, pixels_PX: torch.Tensor, grids: Grids) -> torch.Tensor:
-        merge = self.merge_size
+        from transformers import vision_utils
+
+        merge, device = self.merge_size, pixels_PX.device
         grid_thw = torch.tensor([(1, rows * merge, columns * merge) for rows, columns in grids])
-        return self.tower(pixels_PX, grid_thw=grid_thw.to(pixels_PX.device)).pooler_output
+        # On the host, where the tower reads sizes and bounds in every layer: from a GPU that would wait each time.
+        found = {"position_ids": send(vision_utils.get_vision_position_ids(grid_thw, merge), device)}
+        if window := getattr(self.tower, "window_size", None):
+            index, bounds = vision_utils.get_vision_window_index(
+                grid_thw, merge, window, self.tower.patch_size
+            )
+            found |= {"window_index": send(index, device), "cu_window_seqlens": bounds}
+        return self.tower(pixels_PX, grid_thw=grid_thw, **found).pooler_output
 
 
 class Aimv2Encoder(NativeEncoder):
@@ -109,9 +119,8 @@ class Aimv2Encoder(NativeEncoder):
         kernel = embeddings.patch_embed
         hidden_PE = F.linear(pixels_PX, kernel.weight.flatten(1), kernel.bias)
         hidden_PE = embeddings.rms_norm(hidden_PE)
-        hidden_PE = hidden_PE + torch.cat([_sinusoids(grid, self.hidden_size) for grid in grids]).to(
-            hidden_PE
-        )
+        positions = [_sinusoids(grid, self.hidden_size, hidden_PE.device) for grid in grids]
+        hidden_PE = hidden_PE + torch.cat(positions).to(hidden_PE.dtype)
         bounds = [0, *itertools.accumulate(rows * columns for rows, columns in grids)]
         outputs = []
         # Image by image: a dense mask over all of them would cost the square of the whole.
@@ -120,10 +129,11 @@ class Aimv2Encoder(NativeEncoder):
         return self.tower.rms_norm(torch.cat(outputs))
 
 
-def _sinusoids(grid: tuple[int, int], width: int) -> torch.Tensor:
+def _sinusoids(grid: tuple[int, int], width: int, device: torch.device) -> torch.Tensor:
     """AIMv2's fixed positions [rows * columns, width]: sin and cos of the column, then of the row."""
-    frequency = 1.0 / 10000.0 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    kind: dict[str, Any] = dict(dtype=torch.float64, device=device)
+    frequency = 1.0 / 10000.0 ** (torch.arange(width // 4, **kind) / (width // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(n, **kind) for n in grid), indexing="ij")
     column, row = columns.flatten()[:, None] * frequency, rows.flatten()[:, None] * frequency
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
 

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from laver_mcore.data.device_copy import send
+
 
 @torch.no_grad()
 def similarity_sum(visual_ND: torch.Tensor, image_lengths: tuple[int, ...]) -> torch.Tensor:
@@ -13,10 +15,9 @@ def similarity_sum(visual_ND: torch.Tensor, image_lengths: tuple[int, ...]) -> t
     """
     unit_ND = F.normalize(visual_ND.float(), dim=-1)
     lengths = np.asarray(image_lengths, dtype=np.int64)
-    image_N = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
-    image_N = image_N.to(unit_ND.device, non_blocking=True)
+    image_N = send(torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)), unit_ND.device)
     sums_ID = unit_ND.new_zeros(len(lengths), unit_ND.shape[1]).index_add(0, image_N, unit_ND)
-    count_I = torch.from_numpy(lengths).to(unit_ND.device, dtype=torch.float32, non_blocking=True)
+    count_I = send(torch.from_numpy(lengths).float(), unit_ND.device)
     pairs_I = (count_I * (count_I - 1)).clamp(min=1)
     mean_I = (sums_ID.square().sum(-1) - count_I) / pairs_I
     return torch.where(count_I > 1, mean_I, 0.0).sum()

@@ -251,7 +251,14 @@ def micro_batch(documents: list[EncodedSample], padding: int) -> Batch:
 
 def call_next_token(batch, hidden_TD, weight_VD, vocab_size, group) -> torch.Tensor:
     output = LaverOutput(dialogue_TD=hidden_TD, student_NK=None, teacher_NK=None, output_weight_VD=weight_VD)
-    return next_token_sum(output, batch, vocab_size=vocab_size, tp_group=group, impl="reference")
+    return next_token_sum(
+        output,
+        batch.labels_T,
+        batch.supervised_rows_M,
+        vocab_size=vocab_size,
+        tp_group=group,
+        impl="reference",
+    )
 
 
 @pytest.mark.parametrize(("supervised", "vocab_size", "padding"), DOCUMENTS.values(), ids=DOCUMENTS)
