@@ -25,6 +25,7 @@ from laver_mcore.model.parameters import format_trainable
 
 _MAY_CHANGE = {
     "run": None,
+    "laver": {"teacher_precision"},
     "parallel": None,
     "data": {"num_workers", "worker_timeout", "decode_threads", "max_bad_fraction", "index_folder"},
     "train": {"train_iters", "micro_batch_size", "global_batch_size", "kernels", "transformer_impl"},

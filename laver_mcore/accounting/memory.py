@@ -59,6 +59,8 @@ class Held:
     """Those that the teacher averages; frozen ones are their own average."""
     largest: int
     """The largest single one that trains."""
+    fp8_bytes: int
+    """Codes (1 byte) and scales (4 bytes a row) of the decoder's matrices, where the teacher computes in fp8."""
 
 
 def holdings(config: Config, vocab_size: int) -> tuple[Held, ...]:
@@ -92,9 +94,18 @@ def _holdings(config: Config, vocab_size: int) -> tuple[Held, ...]:
             trainable=sum(size for w, size in mine if w.trains),
             averaged=sum(size for w, size in mine if w.averaged) if config.laver.laver else 0,
             largest=max((size for w, size in mine if w.trains), default=0),
+            fp8_bytes=sum(size + 4 * _rows(w, config) for w, size in mine if w.rows == "decoder")
+            if config.laver.teacher_precision == "fp8"
+            else 0,
         )
         for mine in sizes
     )
+
+
+def _rows(weight: Weight, config: Config) -> int:
+    """Rows of a decoder's matrix on one rank: tensor parallelism cuts the rows of these two, of others the columns."""
+    cut = weight.name.endswith(("linear_qkv.weight", "linear_fc1.weight"))
+    return weight.shape[0] // (config.parallel.tensor_model_parallel_size if cut else 1)
 
 
 def _stage_of(weight: Weight, config: Config) -> int:
@@ -118,7 +129,7 @@ def state_bytes(config: Config, held: Held, dp_size: int) -> dict[str, int]:
         weights=element * held.all,
         gradients=GRADIENT * held.trainable,
         optimizer=(MOMENTS + masters) * held.trainable // shards,
-        teacher=held.averaged * average // shards + copy * held.averaged,
+        teacher=held.averaged * average // shards + copy * held.averaged + held.fp8_bytes,
     )
 
 

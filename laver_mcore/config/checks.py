@@ -121,6 +121,36 @@ def _check_objective(config: Config) -> None:
     )
 
 
+def _check_teacher_precision(config: Config) -> None:
+    """What fp8 needs of the recipe; what it needs of the device is asked where layers are built."""
+    laver, model, tp = config.laver, config.model, config.parallel.tensor_model_parallel_size
+    if laver.teacher_precision == "same":
+        return
+    given = f"teacher_precision={laver.teacher_precision}"
+    _require(laver.laver, f"{given} needs a teacher; set laver=true, or leave it out")
+    _require(
+        config.train.transformer_impl != "transformer_engine",
+        f"{given} runs in Megatron's local layers; use transformer_impl=local",
+    )
+    assert model.hidden_size and model.ffn_hidden_size and model.kv_channels
+    assert model.num_attention_heads and model.num_query_groups
+    widths = {
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size / tensor_model_parallel_size": model.ffn_hidden_size // tp,
+        "num_attention_heads x kv_channels / tensor_model_parallel_size": (
+            model.num_attention_heads * model.kv_channels // tp
+        ),
+        "num_query_groups x kv_channels x 2 / tensor_model_parallel_size": (
+            2 * model.num_query_groups * model.kv_channels // tp
+        ),
+    }
+    for name, width in widths.items():
+        _require(
+            width % 16 == 0,
+            f"{given} needs multiples of 16, and {name} is {width}; use another size, or teacher_precision=same",
+        )
+
+
 def _check_data(config: Config) -> None:
     data, vision, skip_to = config.data, config.vision, config.run.skip_to
     for name in ("min_relevance", "min_visual_dependency", "min_image_correspondence", "min_formatting"):
@@ -183,6 +213,7 @@ def check(config: Config) -> None:
     _check_data(config)
     _check_objective(config)
     _check_model(config)
+    _check_teacher_precision(config)
     _check_context_parallel(config)
     _check_parallel(config)
 

@@ -97,6 +97,8 @@ class LaverConfig:
     """Iterations between two moves of the teacher; wins over ema_ratio."""
     offload_teacher: bool = False
     """Keep the teacher's fp32 average in host memory; it visits the device only when the teacher moves."""
+    teacher_precision: Literal["same", "fp8"] = "same"
+    """The decoder's matrix products in the teacher's forward: the model's precision, or fp8 (Hopper, Ada or newer)."""
     lambda_laver: float = 1.0
     """Weight of the masked reconstruction loss (MIM)."""
     lambda_gram: float = 1.0

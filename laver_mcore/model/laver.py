@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from laver_mcore.accounting.weights import padded_vocab
 from laver_mcore.config.schema import Config
 from laver_mcore.model.connector import Connector
+from laver_mcore.model.fp8 import Fp8Pass
 from laver_mcore.model.image_sharing import gather_shares
 from laver_mcore.model.inputs import ModelInputs
 from laver_mcore.model.layer_spec import decoder_spec
@@ -88,9 +89,10 @@ class LaverModel(MegatronModule):
         )
         self.model_type = ModelType.encoder_or_decoder  # asked for by Megatron's schedules
         device = torch.device(torch.cuda.current_device())
+        self.fp8 = Fp8Pass() if config.laver.teacher_precision == "fp8" else None
         self.language_model = GPTModel(
             mcore,
-            decoder_spec(mcore, config.train.transformer_impl, config.train.kernels, vp_stage),
+            decoder_spec(mcore, config.train.transformer_impl, config.train.kernels, vp_stage, self.fp8),
             vocab_size=padded_vocab(vocab_size, config),
             max_sequence_length=config.data.seq_length,
             pre_process=self.pre_process,

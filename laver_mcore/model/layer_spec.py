@@ -16,8 +16,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.schema import Config
+from laver_mcore.model.fp8 import Fp8ColumnParallelLinear, Fp8Pass, Fp8RowParallelLinear
 from laver_mcore.model.mixed_attention import MixedAttention
 from laver_mcore.model.norm import RMSNorm
+
+FP8_CAPABILITY = (8, 9)
+"""The oldest CUDA compute capability whose tensor cores multiply e4m3."""
 
 
 def use_transformer_engine(transformer_impl: str) -> bool:
@@ -96,10 +100,33 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
+def require_fp8(transformer_impl: str) -> None:
+    """`ConfigError` where the teacher's forward cannot run in fp8: Transformer Engine's layers, or an older GPU."""
+    if use_transformer_engine(transformer_impl):
+        raise ConfigError(
+            f"teacher_precision=fp8 runs in Megatron's local layers, and transformer_impl={transformer_impl} takes "
+            "Transformer Engine's here; use transformer_impl=local"
+        )
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        raise ConfigError(
+            f"teacher_precision=fp8 needs compute capability 8.9 (Ada, Hopper) or newer, and this is a "
+            f"{torch.cuda.get_device_name()}; use teacher_precision=same"
+        )
+
+
 def decoder_spec(
-    config: TransformerConfig, transformer_impl: str, kernels: str, vp_stage: int | None
+    config: TransformerConfig,
+    transformer_impl: str,
+    kernels: str,
+    vp_stage: int | None,
+    fp8: Fp8Pass | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk and its final norm, with mixed attention inside."""
+    """The layers of one model chunk and its final norm, with mixed attention inside.
+
+    With `fp8` matrix products are in fp8 while it runs.
+    """
+    if fp8 is not None:
+        require_fp8(transformer_impl)
     if use_transformer_engine(transformer_impl):
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -111,5 +138,11 @@ def decoder_spec(
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=MixedAttention, params={"impl": kernels}
     )
+    if fp8 is not None:
+        column = ModuleSpec(module=Fp8ColumnParallelLinear, params={"fp8": fp8})
+        row = ModuleSpec(module=Fp8RowParallelLinear, params={"fp8": fp8})
+        attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+        attention.linear_qkv, attention.linear_proj = column, row
+        mlp.linear_fc1, mlp.linear_fc2 = column, row
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

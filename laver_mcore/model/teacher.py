@@ -48,6 +48,7 @@ class Teacher:
         offload: bool = False,
     ) -> None:
         self._topology, self._kernels = topology, kernels
+        self._fp8 = [chunk.fp8 for chunk in chunks if chunk.fp8 is not None]
         items = [item for item in named_parameters(chunks, topology) if item.name.startswith(AVERAGED)]
         averaged = {item.parameter for item in items}
         self._owned = {item.parameter for item in items if item.owned}
@@ -80,12 +81,12 @@ class Teacher:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of averages and compute copies on this rank, each storage counted once."""
+        """Bytes of averages, compute copies and fp8 codes on this rank, each storage counted once."""
         storages = {
             t.untyped_storage().data_ptr(): t.nbytes
             for t in (*self.averages.values(), *self._compute.values())
         }
-        return sum(storages.values())
+        return sum(storages.values()) + sum(fp8.num_bytes for fp8 in self._fp8)
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
@@ -94,7 +95,9 @@ class Teacher:
         try:
             for parameter, teacher in self._compute.items():
                 parameter.data = teacher
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.ExitStack() as stack:
+                for fp8 in self._fp8:
+                    stack.enter_context(fp8.run())
                 yield
         finally:
             for parameter, student in students.items():
@@ -124,11 +127,16 @@ class Teacher:
             if moving is not average:
                 average.copy_(moving, non_blocking=True)
         self._gather_compute_copies()
+        self._forget_codes()
         # First over the shards: a stage on which nothing trains has none, and adds zero over the model's ranks.
         for group in {bucket.group for bucket, _ in self._members if bucket.group is not None}:
             dist.all_reduce(squares, group=group)
         dist.all_reduce(squares, group=self._topology.mp_group)
         return (1.0 - momentum) * squares.sqrt()
+
+    def _forget_codes(self) -> None:
+        for fp8 in self._fp8:
+            fp8.forget()
 
     def _gather_compute_copies(self) -> None:
         for bucket, members in self._members:
@@ -168,6 +176,7 @@ class Teacher:
             self._compute[parameter].copy_(whole)
             if parameter in self.averages:
                 self.averages[parameter].copy_(whole.view(-1)[slice(*self._held[parameter])])
+        self._forget_codes()
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

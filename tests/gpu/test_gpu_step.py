@@ -7,7 +7,12 @@ from sample_run import write_recipe, write_sample_data
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
-VARIANTS = {"fp32": "", "bf16_distributed": "--bf16 --use-distributed-optimizer --overlap-grad-reduce"}
+VARIANTS = {
+    "fp32": "",
+    "bf16_distributed": "--bf16 --use-distributed-optimizer --overlap-grad-reduce",
+}
+if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9):
+    VARIANTS["fp8_teacher"] = "--bf16 --teacher-precision fp8 --transformer-impl local"
 
 
 @pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)

@@ -25,6 +25,7 @@ ENGINES = {
     "dp2_distributed_bf16": (1, 1, 2, "--use-distributed-optimizer --bf16"),
     "offloaded_teacher": (1, 1, 1, "--offload-teacher"),
     "cp2_distributed_bf16": (1, 1, 2, "--context-parallel-size 2 --use-distributed-optimizer --bf16"),
+    "tp2_fp8_teacher": (2, 1, 1, "--teacher-precision fp8 --ema-steps 100"),
     "tp2_pp2_bf16": (2, 2, 1, "--bf16"),
     "pp2_dp2_distributed_bf16": (1, 2, 2, f"--use-distributed-optimizer --bf16 {UNTIED}"),
 }

@@ -10,6 +10,7 @@ VARIANTS = {
     "released": "--gram ga --gram-scope micro_batch --mask-draw bernoulli",
     "bf16_distributed": "--bf16 --use-distributed-optimizer --overlap-grad-reduce",
     "recompute": "--recompute-granularity full",
+    "fp8_teacher": "--teacher-precision fp8",
 }
 
 

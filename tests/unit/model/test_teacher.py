@@ -19,6 +19,7 @@ class Chunk(torch.nn.Module):
     """The parts of a pipeline chunk that the teacher looks at: two layers, a head, and parts it does not average."""
 
     share_embeddings_and_output_weights = True
+    fp8 = None
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

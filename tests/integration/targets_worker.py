@@ -1,0 +1,64 @@
+"""Run one training step of each scenario and keep what student and teacher put out: `targets_worker.py SCENARIOS.json`.
+
+The rank with the losses writes DIRECTORY/NAME.pt: [N, K] of all micro-batches, and the losses.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+
+def main(path: str) -> None:
+    warnings.filterwarnings("ignore")
+    import torch
+
+    from laver_mcore import parallel
+
+    device = parallel.init_distributed(timeout_minutes=2)
+    for scenario in json.loads(Path(path).read_text()):
+        found = one_step(scenario["argv"], device)
+        if found is not None:
+            torch.save(found, Path(path).parent / f"{scenario['name']}.pt")
+    parallel.shut_down()
+
+
+def one_step(argv: list[str], device) -> dict | None:
+    import torch
+
+    from laver_mcore import parallel, schedules
+    from laver_mcore.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
+    from laver_mcore.config.load import parse
+    from laver_mcore.model.laver import LaverOutput
+    from laver_mcore.step import train_step
+
+    config, _ = parse(argv)
+    tokenizer = build_tokenizer(config)
+    topology = parallel.build_topology(config.parallel, device)
+    engine, _ = build_engine(config, topology, resolve_vocab_size(config, tokenizer))
+    steps = build_data(config, tokenizer).iterate(
+        0,
+        1,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=topology.dp_rank,
+        dp_size=topology.dp_size,
+        image_share=(topology.share, topology.num_shares) if topology.on_first_stage else None,
+    )
+    batches = next(steps)
+    steps.close()
+    seen: list[LaverOutput] = []
+    engine.chunks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    result = train_step(engine, batches, schedules.at(config, config.train.train_iters - 1))
+    if not topology.is_last_rank:
+        return None
+    return dict(
+        teacher=torch.cat([o.teacher_NK for o in seen if o.teacher_NK is not None]),
+        student=torch.cat([o.student_NK.detach() for o in seen]),
+        losses=result.losses,
+        grad_norm=result.grad_norm,
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
