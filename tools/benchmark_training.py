@@ -39,7 +39,9 @@ class Arguments:
     rounds: int = 3
     """Rounds; the arms take turns in each."""
     one_at_a_time: bool = False
-    """Never hold two arms in memory: compare first, then build and time one after the other."""
+    """Never hold two arms in memory: build, compare and time one after the other."""
+    time_anyway: bool = False
+    """Time arms whose first steps differ as well; the report says by how much."""
     profile: int = 0
     """Also print so many rows of torch.profiler's table of each arm's step."""
     output: Path | None = None
@@ -74,11 +76,14 @@ def chosen_arms(text: str) -> tuple[settings.Arm, ...]:
 
 
 def run(arguments: Arguments, command: str) -> Path:
-    """Measure and report; returns the JSON file. Raises `NotEqual` before anything is timed."""
+    """Measure and report; returns the JSON file.
+
+    Raises `NotEqual` before unequal arms are timed, and `ArmError` for arms that died, after all else is written.
+    """
     from tools.training_benchmark import report
     from tools.training_benchmark.account import account
     from tools.training_benchmark.equality import table
-    from tools.training_benchmark.measure import Plan, measure
+    from tools.training_benchmark.measure import ArmError, Plan, Results, measure
 
     setting = arguments.setting
     setting.check()
@@ -93,21 +98,26 @@ def run(arguments: Arguments, command: str) -> Path:
 
     def refuse(found: list) -> None:
         print(table(found), flush=True)
-        if not all(each.holds for each in found):
+        if not (all(each.holds for each in found) or arguments.time_anyway):
             raise NotEqual("the arms' first steps differ: nothing is timed")
 
+    def keep(results: Results) -> None:
+        report.keep(report.report(setting, where, command, results, accounts), output)
+
     where = report.machine()  # the commit as it is when the arms are started
+    output = arguments.output or report.RESULTS / f"{report.file_stem(where, setting)}.json"
     with tempfile.TemporaryDirectory() as name:
         whole = settings.with_tower(setting, Path(name))
         accounts = {arm: account(arm, whole) for arm in plan.arms}
-        agreed, measured = measure(whole, plan, Path(name), lambda line: print(line, flush=True), refuse)
-    result = report.report(setting, where, command, agreed, measured, accounts)
+        results = measure(whole, plan, Path(name), lambda line: print(line, flush=True), refuse, keep)
+    result = report.report(setting, where, command, results, accounts)
     print(f"\n{report.table(result)}")
-    for arm, found in measured.items():
+    for arm, found in results.measured.items():
         if found.profile:
             print(f"\n{arm}\n{found.profile}")
-    output = arguments.output or report.RESULTS / f"{report.file_stem(result)}.json"
     print("\n".join(f"wrote {path}" for path in report.write(result, output)))
+    if results.left_out:
+        raise ArmError("; ".join(f"{arm} died {why}" for arm, why in results.left_out.items()))
     return output
 
 

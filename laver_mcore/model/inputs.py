@@ -97,7 +97,7 @@ def _after(packed: PackedLayout, start: int) -> PackedLayout:
 def _to(packed: PackedLayout, device: torch.device) -> PackedLayout:
     assert packed.intervals is not None
     moved = {name: send(getattr(packed.intervals, name), device) for name in _BOUNDS}
-    return replace(packed, intervals=replace(packed.intervals, **moved))
+    return replace(packed, intervals=Intervals(**moved, blocks=packed.intervals.blocks))
 
 
 def _one_dimensional(layout: SequenceLayout) -> torch.Tensor:

@@ -1,15 +1,16 @@
 """The three contenders behind one interface: build, take a step, say what its losses were."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from laver_mcore import parallel
 from laver_mcore.data.batch import Batch
+from laver_mcore.data.device_copy import send
 from laver_mcore.schedules import Knobs
-from tools.training_benchmark.batches import PaddedBatch, global_batch, packed, padded
+from tools.training_benchmark.batches import PaddedBatch, draw_masks, global_batch, packed, padded
 from tools.training_benchmark.setting import Arm, Setting, engine_config, vocabulary
 
 MOMENTUM = 0.95
@@ -51,8 +52,12 @@ class EngineArm:
         topology = parallel.build_topology(config.parallel, device)
         self._engine, _ = build_engine(config, topology, vocab_size)
         self._setting, self._laver = setting, laver
+        # On the device already, as the loader hands them over.
         self._batches: list[list[Batch]] = [
-            [packed(batch, setting) for batch in global_batch(setting, vocab_size, number)]
+            [
+                _on_device(packed(batch, setting), device)
+                for batch in global_batch(setting, vocab_size, number)
+            ]
             for number in range(setting.num_batches)
         ]
 
@@ -98,28 +103,45 @@ class ReleasedArm:
         )
         self._optimizer = MasterAdamW(self._model.trainable(), setting.learning_rate, device)
         self._setting, self._device = setting, device
-        self._batches = [global_batch(setting, vocab_size, number) for number in range(setting.num_batches)]
+        # Like the engine's, on the device already; masks are drawn in every step, as there.
+        self._batches = [
+            [
+                (batch, padded(batch, setting, 0).to(device))
+                for batch in global_batch(setting, vocab_size, number)
+            ]
+            for number in range(setting.num_batches)
+        ]
+        self._num_supervised = [
+            sum(int((moved.labels_BL >= 0).sum()) for _, moved in batches) for batches in self._batches
+        ]
 
     def step(self, number: int, move_teacher: bool = False) -> Any:
-        batches = self._batches[number % len(self._batches)]
-        losses, norm = self._train([padded(batch, self._setting, number) for batch in batches])
+        place = number % len(self._batches)
+        masks = [draw_masks(batch, self._setting, number) for batch, _ in self._batches[place]]
+        moved = [
+            replace(each, masked_N=mask.to(self._device))
+            for (_, each), mask in zip(self._batches[place], masks, strict=True)
+        ]
+        counts = [
+            self._num_supervised[place],
+            sum(int(mask.sum()) for mask in masks),
+            sum(len(each.ids_BL) for each in moved),  # one image a sample
+        ]
+        losses, norm = self._train(moved, counts)
         if move_teacher:
             self._model.move_teacher(MOMENTUM)
         return losses, norm
 
-    def _train(self, batches: Sequence[PaddedBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _train(
+        self, batches: Sequence[PaddedBatch], counts: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         laver = self._config.laver
-        counts = [
-            sum(int((batch.labels_BL >= 0).sum()) for batch in batches),
-            sum(int(batch.masked_N.sum()) for batch in batches),
-            sum(len(batch.ids_BL) for batch in batches),  # one image a sample
-        ]
         divisors = torch.tensor(counts, device=self._device).clamp(min=1)
         weights = torch.tensor([1.0, laver.lambda_laver, laver.lambda_gram], device=self._device)
         total = torch.zeros(3, device=self._device)
         self._optimizer.zero_grad()
         for batch in batches:
-            losses = self._model.sums(batch.to(self._device), self._config) / divisors
+            losses = self._model.sums(batch, self._config) / divisors
             (losses * weights).sum().backward()
             total += losses.detach()
         return total, self._optimizer.step(self._config.optimizer.clip_grad)
@@ -131,6 +153,10 @@ class ReleasedArm:
     def spoil(self) -> None:
         head: Any = self._model.vision_head[-1]
         head.weight.data.mul_(SPOILED)
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    return replace(batch, **{name: send(tensor, device) for name, tensor in batch.tensors().items()})  # type: ignore[arg-type]
 
 
 class MasterAdamW:

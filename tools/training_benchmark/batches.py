@@ -125,8 +125,7 @@ def padded(batch: MicroBatch, setting: Setting, iteration: int) -> PaddedBatch:
     ids_BL, labels_BL = np.full(shape, PAD_TOKEN, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
     image_BL, is_real_BL = np.full(shape, -1), np.zeros(shape, dtype=bool)
     positions_3BL = np.zeros((3, *shape), dtype=np.int64)
-    masks = []
-    for row, (sample, key) in enumerate(zip(batch.samples, batch.keys, strict=True)):
+    for row, sample in enumerate(batch.samples):
         length = len(sample)
         ids_BL[row, :length] = sample.token_ids_L
         labels_BL[row, 1:length] = sample.labels_L[:-1]
@@ -134,25 +133,32 @@ def padded(batch: MicroBatch, setting: Setting, iteration: int) -> PaddedBatch:
         (span,) = sample.image_spans
         image_BL[row, span.start : span.stop] = row
         positions_3BL[:, row, :length] = np.array(list(_positions(span, length))).T
-        masks.append(
-            draw_mask(
-                span.height * span.width,
-                setting.mask_ratio,
-                seed=setting.seed,
-                key=key,
-                step=iteration,
-                image_index=0,
-            )
-        )
     return PaddedBatch(
         ids_BL=torch.from_numpy(ids_BL),
         labels_BL=torch.from_numpy(labels_BL),
         positions_3BL=torch.from_numpy(positions_3BL),
         image_BL=torch.from_numpy(image_BL),
         is_real_BL=torch.from_numpy(is_real_BL),
-        masked_N=torch.from_numpy(np.concatenate(masks)),
+        masked_N=draw_masks(batch, setting, iteration),
         pixels=batch.pixels,
     )
+
+
+def draw_masks(batch: MicroBatch, setting: Setting, iteration: int) -> torch.Tensor:
+    """The visual tokens that the engine masks at `iteration`, bool [N]."""
+    masks = [
+        draw_mask(
+            span.height * span.width,
+            setting.mask_ratio,
+            seed=setting.seed,
+            key=key,
+            step=iteration,
+            image_index=0,
+        )
+        for sample, key in zip(batch.samples, batch.keys, strict=True)
+        for span in sample.image_spans
+    ]
+    return torch.from_numpy(np.concatenate(masks))
 
 
 def _positions(span: ImageSpan, length: int) -> Iterator[tuple[int, int, int]]:

@@ -19,7 +19,7 @@ MOVES = 3
 
 
 class ArmError(RuntimeError):
-    """An arm's process died; the message holds the last it said."""
+    """An arm's process died; the message is the line in which it said why."""
 
 
 class ArmProcess:
@@ -60,8 +60,9 @@ class ArmProcess:
         if not line:
             self._process.wait()
             self._log.seek(0)
-            said = self._log.read()[-4000:]
-            raise ArmError(f"{self._arm} died with exit status {self._process.returncode} at {do!r}:\n{said}")
+            said = self._log.read()
+            print(said[-4000:], file=sys.stderr, flush=True)
+            raise ArmError(f"at {do!r}, exit status {self._process.returncode}: {reason(said)}")
         return json.loads(line)
 
     def close(self) -> None:
@@ -69,6 +70,13 @@ class ArmProcess:
         with contextlib.suppress(BrokenPipeError):
             self._process.communicate()
         self._log.close()
+
+
+def reason(log: str) -> str:
+    """The last line of a dead process's log that names an error, or the last one."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["it said nothing"]
+    errors = [line for line in lines if "Error:" in line]
+    return (errors or lines)[-1]
 
 
 @dataclass(kw_only=True)
@@ -102,6 +110,19 @@ class Plan:
 Say = Callable[[str], None]
 
 
+@dataclass(kw_only=True)
+class Results:
+    """What is known so far; arms that died stand in `left_out` with the reason, and in nothing else."""
+
+    measured: dict[Arm, Measured] = field(default_factory=dict)
+    agreed: list[Agreement] = field(default_factory=list)
+    left_out: dict[Arm, str] = field(default_factory=dict)
+
+
+Keep = Callable[[Results], None]
+"""Told whenever there is more, so that a run that is cut short has not been for nothing."""
+
+
 @contextlib.contextmanager
 def running(arm: Arm, setting: Setting, folder: Path) -> Iterator[ArmProcess]:
     process = ArmProcess(arm, setting, folder)
@@ -111,58 +132,92 @@ def running(arm: Arm, setting: Setting, folder: Path) -> Iterator[ArmProcess]:
         process.close()
 
 
-def measure(
-    setting: Setting, plan: Plan, folder: Path, say: Say, red: Callable[[list[Agreement]], None]
-) -> tuple[list[Agreement], dict[Arm, Measured]]:
-    """Compare the first steps, hand the agreements to `red` (which may raise), then time; logs go to `folder`.
+class _Measurement:
+    """Asks the arms in turn; one that dies is left out, with a line that says so, and the others go on."""
 
-    With `one_at_a_time` arms are built twice, for comparing and for timing, and never share the device's memory.
-    """
-    with contextlib.ExitStack() as stack:
-        if plan.one_at_a_time:
-            losses = {}
-            for arm in plan.arms:
-                with running(arm, setting, folder) as process:
-                    process.wait_until_built()
-                    losses[arm] = process.ask("losses")
-                    say(f"{arm}: first step taken")
-            found = agreements(losses, setting.bf16)
-            red(found)
-            measured: dict[Arm, Measured] = {}
-            for arm in plan.arms:
-                with running(arm, setting, folder) as process:
-                    process.wait_until_built()
-                    process.ask("losses")
-                    measured |= _time({arm: process}, plan, say)
-            return found, measured
-        processes = {arm: stack.enter_context(running(arm, setting, folder)) for arm in plan.arms}
-        for process in processes.values():
-            process.wait_until_built()
-        losses = {arm: process.ask("losses") for arm, process in processes.items()}
-        found = agreements(losses, setting.bf16)
-        red(found)
-        return found, _time(processes, plan, say)
+    def __init__(self, setting: Setting, plan: Plan, say: Say, refuse: Callable, keep: Keep) -> None:
+        self._setting, self._plan, self._say, self._refuse, self._keep = setting, plan, say, refuse, keep
+        self._losses: dict[Arm, dict[str, Any]] = {}
+        self.results = Results()
 
+    def run(self, processes: dict[Arm, ArmProcess]) -> None:
+        """First steps, whose losses must agree with those of all arms before, then rounds of timed ones."""
+        for arm, process in processes.items():
+            with self._or_left_out(arm):
+                process.wait_until_built()
+                self._losses[arm] = process.ask("losses")
+                self._say(f"{arm}: first step taken")
+        self.results.agreed = agreements(self._losses, self._setting.bf16)
+        self._refuse(self.results.agreed)
+        alive = {arm: process for arm, process in processes.items() if arm in self._losses}
+        if alive:
+            self._time(alive)
 
-def _time(processes: dict[Arm, ArmProcess], plan: Plan, say: Say) -> dict[Arm, Measured]:
-    """Warm up, then rounds of steps in turn, the order turning round as well; then what is asked once."""
-    measured = {arm: Measured() for arm in processes}
-    for process in processes.values():
-        process.ask("steps", count=plan.warmup)
-    order: Sequence[Arm] = list(processes)
-    for number in range(plan.rounds):
-        for arm in order:
-            answer = processes[arm].ask("steps", count=plan.steps)
-            measured[arm].rounds.append(answer["seconds"])
-            measured[arm].clock = answer["clock"]
-        order = list(reversed(order))
-        say(f"round {number + 1} of {plan.rounds}: {', '.join(processes)}")
-    for arm, process in processes.items():
-        measured[arm].peak_bytes = process.ask("memory")["peak_bytes"]
+    def _time(self, processes: dict[Arm, ArmProcess]) -> None:
+        """Warm up, then rounds of steps in turn, the order turning round as well; then what is asked once."""
+        found = {arm: Measured() for arm in processes}
+        for arm, process in processes.items():
+            with self._or_left_out(arm):
+                process.ask("steps", count=self._plan.warmup)
+        order: Sequence[Arm] = list(processes)
+        for number in range(self._plan.rounds):
+            for arm in order:
+                if arm in self._losses:
+                    with self._or_left_out(arm):
+                        answer = processes[arm].ask("steps", count=self._plan.steps)
+                        found[arm].rounds.append(answer["seconds"])
+                        found[arm].clock = answer["clock"]
+                        found[arm].peak_bytes = processes[arm].ask("memory")["peak_bytes"]
+            order = list(reversed(order))
+            self._say(f"round {number + 1} of {self._plan.rounds}: {', '.join(processes)}")
+            self._tell(found)
+        for arm, process in processes.items():
+            if arm in self._losses:
+                with self._or_left_out(arm):
+                    self._ask_once(arm, process, found[arm])
+        self._tell(found)
+
+    def _ask_once(self, arm: Arm, process: ArmProcess, found: Measured) -> None:
         if arm != "lm":
-            moves = process.ask("steps", count=MOVES, move_teacher=True)["seconds"]
-            measured[arm].teacher_moves = moves
-        measured[arm].counted_flops = process.ask("count")["flops"]
-        if plan.profile:
-            measured[arm].profile = process.ask("profile", rows=plan.profile)["table"]
-    return measured
+            found.teacher_moves = process.ask("steps", count=MOVES, move_teacher=True)["seconds"]
+        found.counted_flops = process.ask("count")["flops"]
+        if self._plan.profile:
+            found.profile = process.ask("profile", rows=self._plan.profile)["table"]
+
+    def _tell(self, found: dict[Arm, Measured]) -> None:
+        self.results.measured |= {arm: each for arm, each in found.items() if arm in self._losses}
+        self._keep(self.results)
+
+    @contextlib.contextmanager
+    def _or_left_out(self, arm: Arm) -> Iterator[None]:
+        try:
+            yield
+        except ArmError as error:
+            self._losses.pop(arm, None)
+            self.results.measured.pop(arm, None)
+            self.results.left_out[arm] = str(error)
+            self._say(f"{arm}: left out; it died {error}")
+
+
+def measure(
+    setting: Setting,
+    plan: Plan,
+    folder: Path,
+    say: Say,
+    refuse: Callable[[list[Agreement]], None],
+    keep: Keep,
+) -> Results:
+    """Compare the first steps, hand the agreements to `refuse` (which may raise), then time; logs go to `folder`.
+
+    With `one_at_a_time` one arm after the other is built, compared with those before, timed and ended: they never
+    share the device's memory, and do not take turns.
+    """
+    work = _Measurement(setting, plan, say, refuse, keep)
+    if plan.one_at_a_time:
+        for arm in plan.arms:
+            with running(arm, setting, folder) as process:
+                work.run({arm: process})
+        return work.results
+    with contextlib.ExitStack() as stack:
+        work.run({arm: stack.enter_context(running(arm, setting, folder)) for arm in plan.arms})
+    return work.results

@@ -3,17 +3,17 @@
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from laver_mcore.accounting.devices import peak_tflops
 from tools.training_benchmark.account import Account
-from tools.training_benchmark.equality import Agreement
-from tools.training_benchmark.measure import Measured
+from tools.training_benchmark.measure import Measured, Results
 from tools.training_benchmark.setting import Arm, Setting
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -46,10 +46,13 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit, marked where the working tree differs from it; "unknown" outside a repository."""
+    """The commit, marked where the working tree differs from it; outside a repository what GIT_COMMIT says."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    try:
+        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return os.environ.get("GIT_COMMIT", "unknown")
+    return done.stdout.strip() or os.environ.get("GIT_COMMIT", "unknown")
 
 
 def row(arm: Arm, measured: Measured, account: Account, peak: float | None) -> dict[str, Any]:
@@ -77,9 +80,9 @@ def row(arm: Arm, measured: Measured, account: Account, peak: float | None) -> d
 
 
 def ratio(slow: Measured, fast: Measured) -> dict[str, float]:
-    """Time over time: the median over rounds of the ratio of their medians, and the rounds' range."""
+    """Time over time: the median over rounds that both have of the ratio of their medians, and the rounds' range."""
     found = [
-        statistics.median(a) / statistics.median(b) for a, b in zip(slow.rounds, fast.rounds, strict=True)
+        statistics.median(a) / statistics.median(b) for a, b in zip(slow.rounds, fast.rounds, strict=False)
     ]
     return {"median": statistics.median(found), "least": min(found), "most": max(found)}
 
@@ -120,12 +123,11 @@ def report(
     setting: Setting,
     where: Mapping[str, Any],
     command: str,
-    agreed: Sequence[Agreement],
-    measured: Mapping[Arm, Measured],
+    results: Results,
     accounts: Mapping[Arm, Account],
 ) -> dict[str, Any]:
     """Everything, as it is kept in JSON."""
-    peak = peak_tflops(where["device"])
+    peak, measured = peak_tflops(where["device"]), results.measured
     return {
         "machine": dict(where),
         "command": command,
@@ -133,7 +135,8 @@ def report(
         "absolute_times_count": where["device"] != "cpu",
         "clock": {arm: found.clock for arm, found in measured.items()},
         "setting": dataclasses.asdict(setting),
-        "equality": [{**dataclasses.asdict(a), "difference": a.difference} for a in agreed],
+        "equality": [{**dataclasses.asdict(a), "difference": a.difference} for a in results.agreed],
+        "left_out": dict(results.left_out),
         "arms": [row(arm, found, accounts[arm], peak) for arm, found in measured.items()],
         "ratios": ratios(measured, accounts),
         "round_medians_ms": {
@@ -155,6 +158,7 @@ def table(result: Mapping[str, Any]) -> str:
             f"{'-' if counted is None else f'{counted:.3g}':>9}"
             f"{each['useful_tflops_per_second']:>8.3g}{'-' if mfu is None else f'{mfu:.1%}':>8}"
         )
+    lines += [f"{arm:<10}left out; it died {why}" for arm, why in result["left_out"].items()]
     lines.append("")
     laver = result["ratios"].get("laver_over_lm")
     if laver:
@@ -183,22 +187,25 @@ def _range(time: Mapping[str, float]) -> str:
     return f"{time['median']:.3f} ({time['least']:.3f} to {time['most']:.3f} over rounds)"
 
 
-def file_stem(result: Mapping[str, Any]) -> str:
+def file_stem(where: Mapping[str, Any], setting: Setting) -> str:
     """`<device>-<model>-<date>`."""
-    setting = result["setting"]
-    model = setting["model"]
-    if setting["hidden_size"]:
-        model += f"-w{setting['hidden_size']}"
-    if setting["num_layers"]:
-        model += f"-l{setting['num_layers']}"
-    device = result["machine"]["device"].replace(" ", "-")
-    return f"{device}-{model}-{result['date']}"
+    model = setting.model
+    if setting.hidden_size:
+        model += f"-w{setting.hidden_size}"
+    if setting.num_layers:
+        model += f"-l{setting.num_layers}"
+    return f"{where['device'].replace(' ', '-')}-{model}-{datetime.date.today().isoformat()}"
+
+
+def keep(result: Mapping[str, Any], path: Path) -> None:
+    """Write `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def write(result: Mapping[str, Any], path: Path) -> list[Path]:
     """Write `path` and, with matplotlib, a picture beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep(result, path)
     picture = _plot(result, path.with_suffix(".png"))
     return [path, picture] if picture else [path]
 

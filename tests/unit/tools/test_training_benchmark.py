@@ -1,6 +1,8 @@
 """The parts of the training benchmark: batches, masks, agreements and the account, against written-out oracles."""
 
+import contextlib
 import dataclasses
+import json
 import math
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from laver_mcore.config.checks import ConfigError
 from tools.benchmark_training import chosen_arms
+from tools.training_benchmark import measure, report
 from tools.training_benchmark.account import account
 from tools.training_benchmark.batches import IMAGE_TOKEN, global_batch, packed, padded
 from tools.training_benchmark.equality import Agreement, agreements
@@ -143,6 +146,58 @@ def test_the_account_follows_the_methods_formula_where_matrices_dominate():
 def test_sizes_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(SETTING, **changes).check()
+
+
+class DyingProcess:
+    """An arm that answers at once, or dies at one command."""
+
+    def __init__(self, arm: str, dies: dict[str, str]) -> None:
+        self._arm, self._dies = arm, dies
+
+    def wait_until_built(self) -> None: ...
+
+    def ask(self, do: str, count: int = 1, **_) -> dict:
+        if self._dies.get(self._arm) == do:
+            raise measure.ArmError(f"at {do!r}: out of memory")
+        answers = {"losses": LOSSES[self._arm], "memory": {"peak_bytes": 7}, "count": {"flops": None}}
+        return answers.get(do) or {"seconds": [0.5] * count, "clock": "wall"}
+
+
+@pytest.mark.parametrize("one_at_a_time", [False, True])
+@pytest.mark.parametrize("dies_at", ["losses", "steps", "memory"])
+@pytest.mark.parametrize("dying", ["lm", "laver", "released"])
+def test_an_arm_that_dies_takes_no_numbers_along(dying, dies_at, one_at_a_time, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        measure,
+        "running",
+        lambda arm, *_: contextlib.nullcontext(DyingProcess(arm, {dying: dies_at})),
+    )
+    plan = measure.Plan(
+        arms=("lm", "laver", "released"), warmup=1, steps=2, rounds=2, one_at_a_time=one_at_a_time, profile=0
+    )
+    accounts = {arm: account(arm, SETTING) for arm in plan.arms}
+    said, output = [], tmp_path / "result.json"
+
+    def keep(results):
+        report.keep(report.report(SETTING, {"device": "cpu"}, "command", results, accounts), output)
+
+    results = measure.measure(SETTING, plan, tmp_path, said.append, lambda found: None, keep)
+    assert [line for line in said if "left out" in line] == [
+        f"{dying}: left out; it died at {dies_at!r}: out of memory"
+    ]
+    assert set(results.measured) == set(plan.arms) - {dying} and set(results.left_out) == {dying}
+    written = json.loads(output.read_text())
+    assert {row["arm"]: row["timed_steps"] for row in written["arms"]} == {
+        arm: 4 for arm in plan.arms if arm != dying
+    }
+    if not (one_at_a_time and dying == "released"):  # it was the last, and nothing was known after it
+        assert set(written["left_out"]) == {dying}
+
+
+def test_the_reason_is_the_line_that_names_the_error():
+    log = "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried 3 GiB\n[W] process group was not destroyed\n"
+    assert measure.reason(log) == "torch.OutOfMemoryError: CUDA out of memory. Tried 3 GiB"
+    assert measure.reason("killed\n\n") == "killed"
 
 
 def test_arms_are_chosen_by_name():
