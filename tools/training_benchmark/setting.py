@@ -73,6 +73,8 @@ class Setting:
     optimizer: Literal["adam", "distributed"] = "adam"
     """The engine's optimizer; the released recipe has torch's AdamW, fused on a GPU."""
     bf16: bool = False
+    teacher_precision: Literal["same", "fp8"] = "same"
+    """The teacher of this engine's LaVer arm; with fp8 both of this engine's arms take Megatron's local layers."""
     mask_ratio: float = 0.05
     vision_head_hidden_size: int = 2048
     learning_rate: float = 2e-5
@@ -151,6 +153,7 @@ def engine_config(setting: Setting, laver: bool) -> Config:
             laver=LaverConfig(
                 laver=laver,
                 mask_ratio=setting.mask_ratio,
+                teacher_precision=setting.teacher_precision if laver else "same",
                 vision_head_hidden_size=setting.vision_head_hidden_size,
             ),
             data=DataConfig(
@@ -165,6 +168,7 @@ def engine_config(setting: Setting, laver: bool) -> Config:
                 micro_batch_size=setting.micro_batch_size,
                 global_batch_size=setting.global_batch_size,
                 bf16=setting.bf16,
+                transformer_impl="local" if setting.teacher_precision == "fp8" else "auto",
                 seed=setting.seed,
                 trainable=LAVER_TRAINABLE if laver else TRAINABLE,
             ),
