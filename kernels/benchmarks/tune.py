@@ -32,30 +32,24 @@ from laver_kernels.testing_masks import image, many_image_documents, text
 GUARD = ((text(70), image(200), text(9)), (image(129), text(40)))
 CONFIGS = Path(configs.__file__)
 
-# rows, columns, warps, stages. The short list: what compiles for sm_90 without a spill in a loop and with the most
-# multiplications per byte or two programs per multiprocessor, or was made for sm_80. The table's own come first.
-SHORT_LIST = {
-    ("forward", 128): [(128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 4),
-                       (128, 32, 8, 4), (128, 32, 8, 3)],
-    ("dq", 128): [(64, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 3), (64, 32, 4, 3)],
-    ("dkdv", 128): [(32, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 3), (64, 64, 8, 2), (64, 128, 8, 2)],
-    ("forward", 64): [(128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3), (128, 64, 4, 3)],
-    ("dq", 64): [(64, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2), (128, 64, 4, 2), (128, 32, 4, 3)],
+# What compiles for sm_90 without a spill in a loop: large tiles, or two programs on a multiprocessor, so that one's
+# softmax runs beside the other's products. On another architecture take --all.
+SHORT_LIST = {  # rows, columns, warps, stages
+    ("forward", 128): [(128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 4)],
+    ("dq", 128): [(64, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 32, 4, 3)],
+    ("dkdv", 128): [(64, 128, 8, 2), (32, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 3), (64, 64, 8, 2)],
+    ("forward", 64): [(128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3)],
+    ("dq", 64): [(64, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2), (128, 64, 4, 2)],
     ("dkdv", 64): [(64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3), (32, 64, 4, 3)],
-}  # fmt: skip
-# side, depth, warps, stages
-GRAM_SHORT_LIST = [
-    (128, 64, 8, 4),
-    (128, 64, 4, 3),
-    (128, 64, 4, 4),
-    (128, 128, 8, 2),
-    (128, 32, 8, 4),
-    (64, 64, 4, 4),
-]
+}
+GRAM_SHORT_LIST = {  # rows, columns, depth, warps, stages; a Gram tile is square
+    "forward": [(128, 128, 64, 8, 4), (128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (64, 64, 64, 4, 4)],
+    "backward": [(128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (64, 256, 64, 4, 3)],
+}
 
 
 def attention_candidates(kernel: str, head_dim: int, is_all: bool) -> Iterator[Tile]:
-    chosen: Iterable[tuple[int, int, int, int]] = SHORT_LIST[kernel, head_dim]
+    chosen: Iterable[tuple[int, ...]] = SHORT_LIST[kernel, head_dim]
     if is_all:
         chosen = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
     for rows, columns, warps, stages in chosen:
@@ -63,12 +57,14 @@ def attention_candidates(kernel: str, head_dim: int, is_all: bool) -> Iterator[T
             yield Tile(rows=rows, columns=columns, num_warps=warps, num_stages=stages)
 
 
-def gram_candidates(is_all: bool) -> Iterator[Tile]:
-    chosen: Iterable[tuple[int, int, int, int]] = GRAM_SHORT_LIST
+def gram_candidates(kernel: str, is_all: bool) -> Iterator[Tile]:
+    chosen: Iterable[tuple[int, ...]] = GRAM_SHORT_LIST[kernel]
     if is_all:
-        chosen = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
-    for side, depth, warps, stages in chosen:
-        yield Tile(rows=side, columns=side, depth=depth, num_warps=warps, num_stages=stages)
+        columns = (64, 128) if kernel == "forward" else (64, 128, 256)
+        chosen = itertools.product((64, 128), columns, (32, 64, 128), (4, 8), (2, 3, 4))
+    for rows, columns, depth, warps, stages in chosen:
+        if rows == columns or kernel == "backward":
+            yield Tile(rows=rows, columns=columns, depth=depth, num_warps=warps, num_stages=stages)
 
 
 def tune(
@@ -179,7 +175,8 @@ def main(argv: list[str] | None = None) -> int:
     for kernel in ("forward", "backward"):
         if arguments.only in f"gram {kernel}":
             # Both kernels are held to one tile's rows by the row dots between them: only the sum compares.
-            search(configs.GRAM, (arch, kernel), gram_candidates(arguments.all), problem, workload, "both")
+            candidates = gram_candidates(kernel, arguments.all)
+            search(configs.GRAM, (arch, kernel), candidates, problem, workload, "both")
     return 0
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
+
 from laver_kernels import configs
 
 
@@ -33,11 +35,33 @@ def test_tuning_keeps_the_fastest_right_tile_and_writes_it(modules, tmp_path):
 
 
 def test_the_short_list_is_a_part_of_all_tiles(modules):
-    for kernel, head_dim in modules.tune.SHORT_LIST:
-        short, whole = (
-            list(modules.tune.attention_candidates(kernel, head_dim, is_all=is_all))
-            for is_all in (False, True)
-        )
+    tune = modules.tune
+    kernels = [(configs.ATTENTION, key, tune.attention_candidates) for key in tune.SHORT_LIST]
+    kernels += [(configs.GRAM, (kernel,), tune.gram_candidates) for kernel in tune.GRAM_SHORT_LIST]
+    for table, key, candidates in kernels:
+        short, whole = (list(candidates(*key, is_all)) for is_all in (False, True))
         assert len(set(short)) == len(short)
         assert set(short) <= set(whole)
-        assert ("sm_90", kernel, head_dim) in configs.ATTENTION
+        assert ("sm_90", *key) in table
+
+
+def test_every_kernel_is_tuned_and_written(modules, tmp_path, monkeypatch, capsys):
+    """The wiring alone: nothing is timed, and each kernel's first candidate is said to be the fastest."""
+    pytest.importorskip("triton")
+    tune = modules.tune
+    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune.configs, "architecture", lambda device: "sm_90")
+    for name in ("attention_workload", "gram_workload", "attention_problem", "gram_problem"):
+        monkeypatch.setattr(tune, name, lambda *arguments, **more: None)
+    monkeypatch.setattr(tune, "_is_right", lambda problem: True)
+    monkeypatch.setattr(tune, "_timer", lambda *arguments: iter((3.0, 2.0, *[4.0] * 9)).__next__)
+    for table in ("ATTENTION", "GRAM"):
+        monkeypatch.setattr(configs, table, dict(getattr(configs, table)))
+    before = Path(configs.__file__).read_text()
+    monkeypatch.setattr(tune, "CONFIGS", tmp_path / "configs.py")
+    tune.CONFIGS.write_text(before)
+    assert tune.main(["--write"]) == 0
+    changed = set(tune.CONFIGS.read_text().splitlines()) - set(before.splitlines())
+    assert len(changed) == len(tune.SHORT_LIST) + len(tune.GRAM_SHORT_LIST)
+    assert all('("sm_90"' in line for line in changed)
+    assert capsys.readouterr().out.count("head_splits") == 4
