@@ -16,8 +16,9 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, slices: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
+        slices = slices.contiguous()
         received = torch.empty_like(slices)
-        dist.all_to_all_single(received, slices.contiguous(), group=group)
+        dist.all_to_all_single(received, slices, group=group)
         return received
 
     @staticmethod

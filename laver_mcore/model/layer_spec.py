@@ -83,8 +83,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         # Losses are divided by global counts in the forward step; Megatron must neither average over micro-batches
         # nor over data-parallel ranks, which is what this flag turns off.
         calculate_per_token_loss=True,
-        # gloo may still be reading an activation from memory that this option frees; NCCL works in stream order.
-        deallocate_pipeline_outputs=torch.cuda.is_available(),
+        # Frees an activation once it is sent. gloo may still be reading it then, and so may NCCL on its own stream
+        # where sends are not waited for; an exchange in one batch is, in stream order.
+        deallocate_pipeline_outputs=torch.cuda.is_available() and not interleaved,
         # Weights are drawn by name afterwards (`initialize.py`), but only an initialising Megatron marks which
         # parameters are sharded, and the gradient norm depends on those marks.
         perform_initialization=True,

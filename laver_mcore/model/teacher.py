@@ -154,6 +154,8 @@ class Teacher:
 
         All ranks take part, whatever each of them wants. A frozen parameter is its own average.
         """
+        if self._topology.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # offloaded averages may be on their way to the host
         wholes = {p: p.detach().float().cpu() for p in self._frozen if p in wanted}
         for bucket, members in self._members:
             flat = {p: torch.empty(p.numel()) if p in wanted else None for p in members}
