@@ -1,7 +1,6 @@
 """LM head and next-token loss against the equation in fp64, alone and over tensor-parallel ranks."""
 
 import gc
-import socket
 
 import pytest
 import torch
@@ -69,9 +68,10 @@ def test_twenty_runs_are_bitwise_equal(impl, device, poison):
     assert len(found) == 1
 
 
-def _tensor_parallel_rank(rank: int, port: int) -> None:
+def _tensor_parallel_rank(rank: int, meeting: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    # A file and no port: nobody else can take it, and no rank is the server that the other still asks at its end.
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     _compare_with_one_rank(rank)
     # The graphs above refer to the group: they are gone before it is, and no rank leaves while another needs it.
     gc.collect()
@@ -108,8 +108,5 @@ def _has_triton() -> bool:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo ranks on CPU tensors, interpreted")
-def test_tensor_parallel_ranks_agree_with_one():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_tensor_parallel_rank, args=(port,), nprocs=2)
+def test_tensor_parallel_ranks_agree_with_one(tmp_path):
+    multiprocessing.spawn(_tensor_parallel_rank, args=(str(tmp_path / "meeting"),), nprocs=2)
