@@ -18,7 +18,7 @@ import torch
 
 from laver_mcore import parallel, schedules
 from laver_mcore.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.checks import ConfigError, check_world
 from laver_mcore.config.load import parse
 from laver_mcore.config.schema import Config
 from laver_mcore.counts import image_lengths, student_rows, without_tails
@@ -139,6 +139,7 @@ def main(argv: list[str]) -> int:
         batching = ["--laver", "--micro-batch-size", "1", "--global-batch-size", str(own.micro_batches)]
         recipes = {arm: parse([*rest, *batching, *flags.split()])[0] for arm, flags in ARMS.items()}
         config = recipes["fp32"]
+        check_world(config, 1)
         device = parallel.init_distributed()
         topology = parallel.build_topology(config.parallel, device)
         tokenizer = build_tokenizer(config)

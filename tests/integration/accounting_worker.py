@@ -25,14 +25,11 @@ def main(path: str) -> None:
     parallel.shut_down()
 
 
-def observe(argv: list[str], device) -> dict:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from laver_mcore import parallel, schedules
+def first_step(argv: list[str], device) -> tuple:
+    """The engine of a recipe, and the micro-batches of its first step."""
+    from laver_mcore import parallel
     from laver_mcore.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
     from laver_mcore.config.load import parse
-    from laver_mcore.model.parameters import named_parameters
-    from laver_mcore.step import train_step
 
     config, _ = parse(argv)
     tokenizer = build_tokenizer(config)
@@ -51,6 +48,18 @@ def observe(argv: list[str], device) -> dict:
     )
     batches = next(steps)
     steps.close()
+    return engine, batches
+
+
+def observe(argv: list[str], device) -> dict:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from laver_mcore import schedules
+    from laver_mcore.model.parameters import named_parameters
+    from laver_mcore.step import train_step
+
+    engine, batches = first_step(argv, device)
+    config, topology = engine.config, engine.topology
     saved = SavedBytes(engine)
     with FlopCounterMode(display=False) as counter:
         result = train_step(engine, batches, schedules.at(config, config.train.train_iters - 1))
@@ -62,7 +71,7 @@ def observe(argv: list[str], device) -> dict:
         for b in batches
     ]
     return dict(
-        vocab_size=vocab_size,
+        vocab_size=engine.vocab_size,
         flops=flops,
         counts=result.counts.tolist(),
         masks=masks,

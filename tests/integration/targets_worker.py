@@ -25,32 +25,17 @@ def main(path: str) -> None:
 
 def one_step(argv: list[str], device) -> dict | None:
     import torch
+    from accounting_worker import first_step
 
-    from laver_mcore import parallel, schedules
-    from laver_mcore.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
-    from laver_mcore.config.load import parse
+    from laver_mcore import schedules
     from laver_mcore.model.laver import LaverOutput
     from laver_mcore.step import train_step
 
-    config, _ = parse(argv)
-    tokenizer = build_tokenizer(config)
-    topology = parallel.build_topology(config.parallel, device)
-    engine, _ = build_engine(config, topology, resolve_vocab_size(config, tokenizer))
-    steps = build_data(config, tokenizer).iterate(
-        0,
-        1,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=topology.dp_rank,
-        dp_size=topology.dp_size,
-        image_share=(topology.share, topology.num_shares) if topology.on_first_stage else None,
-    )
-    batches = next(steps)
-    steps.close()
+    engine, batches = first_step(argv, device)
     seen: list[LaverOutput] = []
     engine.chunks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
-    result = train_step(engine, batches, schedules.at(config, config.train.train_iters - 1))
-    if not topology.is_last_rank:
+    result = train_step(engine, batches, schedules.at(engine.config, engine.config.train.train_iters - 1))
+    if not engine.topology.is_last_rank:
         return None
     return dict(
         teacher=torch.cat([o.teacher_NK for o in seen if o.teacher_NK is not None]),

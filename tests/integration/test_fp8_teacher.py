@@ -1,11 +1,13 @@
 """The teacher's forward in fp8: its targets under every layout, and the student that never notices."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from integration.harness import Scenario, read_metrics, run_scenarios, torchrun
+from integration.harness import REPOSITORY, Scenario, environment, read_metrics, run_scenarios, torchrun
 
 # Name -> (ranks, flags).
 STEPS = {
@@ -101,3 +103,25 @@ def test_training_goes_on_alike(runs):
         assert got["mim_loss"] == pytest.approx(wanted["mim_loss"], rel=close)
         assert got["lm_loss"] == pytest.approx(wanted["lm_loss"], rel=close)
     assert runs["trained_fp8"][-1]["mim_loss"] != runs["trained"][-1]["mim_loss"]
+
+
+def test_the_tool_measures_it(data_directory):
+    command = ["tools/measure_teacher_precision.py", "--config", str(data_directory / "recipe.yaml")]
+    done = subprocess.run(
+        [sys.executable, *command, "--micro-batches", "2", *LARGE_WEIGHTS.split()],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = {
+        line[:14].strip(): [float(x) for x in line[14:].split()] for line in done.stdout.splitlines()[2:5]
+    }
+    assert set(rows) == {"bf16 / fp32", "fp8 / fp32", "fp8 / bf16"}
+    error, cosine, divergence, *_ = zip(rows["bf16 / fp32"], rows["fp8 / fp32"], strict=True)
+    assert 0 < error[0] < error[1] < 0.1
+    assert 1 > cosine[0] > cosine[1] > 0.99
+    assert 0 < divergence[0] < divergence[1]

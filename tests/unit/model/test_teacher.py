@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from laver_mcore.model.fp8 import Fp8Pass
 from laver_mcore.model.teacher import MasterShard, Teacher, TeacherError
 from laver_mcore.model.weight_shards import Bucket
 from laver_mcore.parallel import Topology
@@ -19,7 +20,7 @@ class Chunk(torch.nn.Module):
     """The parts of a pipeline chunk that the teacher looks at: two layers, a head, and parts it does not average."""
 
     share_embeddings_and_output_weights = True
-    fp8 = None
+    fp8: Fp8Pass | None = None
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -171,6 +172,31 @@ def test_weights_are_restored_after_an_error(topology):
     with pytest.raises(ZeroDivisionError), teacher.weights():
         1 / 0  # noqa: B018
     assert all(torch.equal(parameter, before[name]) for name, parameter in chunk.named_parameters())
+
+
+@pytest.mark.parametrize("change", ["moves", "is_loaded"])
+def test_codes_in_fp8_are_the_teachers_and_made_anew_when_it_changes(topology, change):
+    torch.manual_seed(0)
+    chunk = Chunk(torch.float32)
+    chunk.fp8 = Fp8Pass()
+    teacher = teacher_of(chunk, topology)
+    pairs = give(chunk, {name: master * 3 for name, master in masters_of(chunk).items()})
+    weight, rows = chunk.vision_head.weight, torch.randn(2, WIDTH)
+
+    def taught() -> torch.Tensor:
+        assert not chunk.fp8.running
+        with teacher.weights():
+            assert chunk.fp8.running
+            return chunk.fp8.linear(rows, weight, None)
+
+    before = taught()
+    assert torch.equal(taught(), before)
+    if change == "moves":
+        teacher.update(pairs, 0.0)
+    else:
+        teacher.load({p: p.detach().clone() for p in teacher.parameters})
+    torch.testing.assert_close(taught(), 3 * before, rtol=0.2, atol=0.2)
+    assert not torch.equal(taught(), before)
 
 
 def test_bf16_computes_with_rounded_averages(topology):
