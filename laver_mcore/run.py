@@ -34,13 +34,17 @@ _MAY_CHANGE = {
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first key in which two recipes differ beyond what a resume may change, as `section.key was A, now B`."""
+    """The first key in which two recipes differ beyond what a resume may change, as `section.key was A, now B`.
+
+    A key that `old` does not have is newer than its run, which went as by default.
+    """
+    defaults = yaml.safe_load(to_yaml(Config()))
     for section, values in new.items():
         allowed = _MAY_CHANGE.get(section, set())
         if allowed is None:
             continue
         for key, value in values.items():
-            before = old.get(section, {}).get(key)
+            before = old.get(section, {}).get(key, defaults[section][key])
             if key not in allowed and before != value:
                 return f"{section}.{key} was {before!r}, now {value!r}"
     return None
