@@ -142,12 +142,6 @@ def test_positions_equal_transformers_qwen2_vl(document):
     assert torch.equal(dialogue_layout([document]).positions_3S, expected[:, 0])
 
 
-def test_layout_moves():
-    layout = dialogue_layout([[("text", 2), ("image", 2, 2)]]).to("meta")
-    assert layout.positions_3S.device.type == layout.intervals.device.type == "meta"
-    assert layout.intervals.blocks == (0, 6)
-
-
 @pytest.mark.parametrize("padding", [0, 1, 5])
 @pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
 def test_trimmed_layout_is_that_of_a_shorter_sequence(documents, padding):

@@ -331,16 +331,3 @@ def test_prompts_are_laid_out_as_documents(hugging_face):
         batch.trimmed(used - 1)
     with pytest.raises(DataError, match="2 samples hold"):
         collate(prompts, ["a", "b"], total_length=16, pad_id=0)
-
-
-def test_a_batch_moves_to_a_device(data):
-    batch = data.step_batches(0, **SIZES, image_share=(0, 1))[0].to("meta", non_blocking=True)
-    assert (
-        batch.tokens_T.device.type
-        == batch.pixels.device.type
-        == batch.layout.positions_3S.device.type
-        == "meta"
-    )
-    assert batch.layout.intervals.device.type == "meta"
-    assert batch.num_samples == len(batch.document_lengths)
-    assert data.step_batches(0, **SIZES)[0].to("cpu").pixels is None
