@@ -25,8 +25,9 @@ def main(argv: list[str]) -> int:
 
     def forget_groups() -> None:
         """Megatron leaves its groups behind, three threads each that wake up a hundred times a second."""
-        for group in parallel_state._global_process_group_list[1:]:
+        for group in (parallel_state._global_process_group_list or [None])[1:]:
             dist.destroy_process_group(group)
+        parallel_state.destroy_model_parallel()
         gc.collect()
 
     for scenario in json.loads(Path(argv[0]).read_text()):
