@@ -47,6 +47,19 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True, env=environment)
 
 
+def _prepare(arguments: Arguments) -> None:
+    """Write the data, unless it is there; that of a short run is too little for a whole one."""
+    is_short = arguments.data / "short"
+    if (arguments.data / "heldout.json").is_file() and (arguments.short or not is_short.exists()):
+        return
+    pages = ("--pages", "1000", "--heldout", "20") if arguments.short else ()
+    _run(sys.executable, "tools/prepare_demo.py", "--output", str(arguments.data), *pages)
+    if arguments.short:
+        is_short.touch()
+    else:
+        is_short.unlink(missing_ok=True)
+
+
 def _torchrun(arguments: Arguments, *command: str) -> None:
     ranks = str(arguments.tensor_model_parallel_size)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
@@ -84,9 +97,7 @@ def digit_accuracy(answers: Path) -> float:
 def run_demo(arguments: Arguments) -> dict[str, float]:
     """Run everything; returns what summary.json holds."""
     started = time.monotonic()
-    if not (arguments.data / "heldout.json").is_file():
-        pages = ("--pages", "1000", "--heldout", "20") if arguments.short else ()
-        _run(sys.executable, "tools/prepare_demo.py", "--output", str(arguments.data), *pages)
+    _prepare(arguments)
     shutil.rmtree(arguments.output, ignore_errors=True)
     align = _train(arguments, "stage1", 1)
     laver = _train(arguments, "stage2", 2, "--pretrained-checkpoint", str(align))
