@@ -1,6 +1,6 @@
 """The demo, from nothing to a report: data, three stages with TP = 2, an LM-only run of equal steps, evaluation.
 
-    python tools/run_demo.py            about five minutes on two CPU cores
+    python tools/run_demo.py            about six minutes on two CPU cores
     python tools/run_demo.py --short    a minute: everything runs, nothing is learned
 
 Every step is an ordinary command line, printed before it runs. Writes runs/demo/report.md, report.png, summary.json.
