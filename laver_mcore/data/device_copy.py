@@ -20,6 +20,12 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def send_batch(batch: Batch, device: torch.device) -> Batch:
+    """The same batch with its tensors sent to `device`; pixels of a GPU backend are there already."""
+    moved = {name: send(tensor, device) for name, tensor in batch.tensors().items()}
+    return replace(batch, **moved)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sent:
     """Batches whose copies were begun; `event` comes when they are complete."""
@@ -40,11 +46,7 @@ class DeviceCopies:
     def send(self, batches: Sequence[Batch]) -> Sent:
         """Begin to copy; called in a background thread, which does not wait for it."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            moved = []
-            for batch in batches:
-                # Pixels of a GPU backend are there already.
-                tensors = {name: send(tensor, self._device) for name, tensor in batch.tensors().items()}
-                moved.append(replace(batch, **tensors))  # type: ignore[arg-type]
+            moved = [send_batch(batch, self._device) for batch in batches]
             event = torch.cuda.Event()
             event.record(self._stream)
         return Sent(batches=moved, event=event)

@@ -8,7 +8,7 @@ import torch
 
 from laver_mcore import parallel
 from laver_mcore.data.batch import Batch
-from laver_mcore.data.device_copy import send
+from laver_mcore.data.device_copy import send_batch
 from laver_mcore.schedules import Knobs
 from tools.training_benchmark.batches import PaddedBatch, draw_masks, global_batch, packed, padded
 from tools.training_benchmark.setting import Arm, Setting, engine_config, vocabulary
@@ -55,7 +55,7 @@ class EngineArm:
         # On the device already, as the loader hands them over.
         self._batches: list[list[Batch]] = [
             [
-                _on_device(packed(batch, setting), device)
+                send_batch(packed(batch, setting), device)
                 for batch in global_batch(setting, vocab_size, number)
             ]
             for number in range(setting.num_batches)
@@ -153,10 +153,6 @@ class ReleasedArm:
     def spoil(self) -> None:
         head: Any = self._model.vision_head[-1]
         head.weight.data.mul_(SPOILED)
-
-
-def _on_device(batch: Batch, device: torch.device) -> Batch:
-    return replace(batch, **{name: send(tensor, device) for name, tensor in batch.tensors().items()})  # type: ignore[arg-type]
 
 
 class MasterAdamW:
