@@ -29,26 +29,23 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
-def torchrun(num_ranks: int, *argv: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc-per-node num_ranks argv...` with a rendezvous of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(num_ranks),
-        *argv,
-    ]
+def python(*argv: str, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`python argv...` from the repository's root, with these environment variables besides."""
     return subprocess.run(
-        command,
+        [sys.executable, *argv],
         cwd=REPOSITORY,
-        env=environment(),
+        env=environment() | variables,
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
     )
+
+
+def torchrun(num_ranks: int, *argv: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node num_ranks argv...` with a rendezvous of its own."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks))
+    return python(*launcher, *argv, timeout=timeout)
 
 
 def run_scenarios(num_ranks: int, directory: Path, scenarios: Sequence[Scenario]) -> None:
@@ -71,10 +68,7 @@ def host_waits(data_directory: Path, folder: Path, flags: str) -> dict:
     """What the steps of a short run waited for (`sync_worker.py`); the teacher moves in every step."""
     recipe, output = data_directory / "recipe.yaml", folder / "found.json"
     argv = f"--config {recipe} --train-iters 4 --ema-steps 1 --mask-ratio 0.4 {flags}".split()
-    command = [sys.executable, "tests/integration/sync_worker.py", str(output), *argv]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=240, check=False
-    )
+    done = python("tests/integration/sync_worker.py", str(output), *argv)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(output.read_text())
 

@@ -11,7 +11,7 @@ import pytest
 from sample_run import write_recipe, write_sample_data
 
 import pretrain_laver
-from integration.harness import REPOSITORY, environment
+from integration.harness import REPOSITORY, environment, python
 
 # What a recipe or a command line alone gives away: refused before torch is imported.
 # Extra arguments -> words of the line. {d} is the folder of the sample data.
@@ -300,13 +300,5 @@ def test_exit_status_of_the_program(directory, tmp_path):
     flags = (
         f"--config {directory}/recipe.yaml --save {tmp_path}/save --data-path {directory}/missing_image.json"
     )
-    done = subprocess.run(
-        [sys.executable, "pretrain_laver.py", *flags.split()],
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = python("pretrain_laver.py", *flags.split(), timeout=120)
     assert_refused(Refusal(done.returncode, done.stderr, files_under(tmp_path)), RUNS["missing_image"][1])

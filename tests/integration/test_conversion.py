@@ -1,14 +1,11 @@
 """HF weights through training runs under TP 2 x PP 2: the same bits come out, whichever way they came in."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from sample_run import write_recipe, write_sample_data
 
-from integration.harness import REPOSITORY, Scenario, environment, run_scenarios
+from integration.harness import Scenario, python, run_scenarios
 from laver_mcore.config.presets import PRESETS
 from laver_mcore.convert.decoder import export_decoder, import_decoder
 
@@ -107,11 +104,9 @@ def test_teacher_starts_as_the_student_and_is_exported_in_fp32(runs, tmp_path):
 
 
 def test_bad_directory_stops_a_run_in_one_line(runs, tmp_path):
-    command = [sys.executable, "pretrain_laver.py", "--config", str(runs / "data" / "recipe.yaml")]
+    command = ["pretrain_laver.py", "--config", str(runs / "data" / "recipe.yaml")]
     command += ["--hf-path", str(tmp_path), "--save", str(tmp_path / "run")]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    done = python(*command, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("pretrain_laver.py: error: ")
     assert "config.json: no such file; give a Hugging Face directory of Qwen2 or Qwen2.5" in done.stderr

@@ -1,12 +1,10 @@
 """A step on an accelerator meets no host tensor: built and run on fake tensors, which refuse to be mixed."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from integration.harness import REPOSITORY, environment
+from integration.harness import python
 
 VARIANTS = {
     "distributed": "--bf16 --use-distributed-optimizer --overlap-grad-reduce",
@@ -19,15 +17,8 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def answers(data_directory):
     named = [word for item in VARIANTS.items() for word in item]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "tests/integration/device_worker.py", str(data_directory), *named],
-        cwd=REPOSITORY,
-        env={**environment(), "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    worker = ("-W", "ignore", "tests/integration/device_worker.py", str(data_directory))
+    done = python(*worker, *named, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

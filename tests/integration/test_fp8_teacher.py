@@ -1,13 +1,11 @@
 """The teacher's forward in fp8: its targets under every layout, and the student that never notices."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from integration.harness import REPOSITORY, Scenario, environment, read_metrics, run_scenarios, torchrun
+from integration.harness import Scenario, python, read_metrics, run_scenarios, torchrun
 
 # Name -> (ranks, flags).
 STEPS = {
@@ -107,15 +105,7 @@ def test_training_goes_on_alike(runs):
 
 def test_the_tool_measures_it(data_directory):
     command = ["tools/measure_teacher_precision.py", "--config", str(data_directory / "recipe.yaml")]
-    done = subprocess.run(
-        [sys.executable, *command, "--micro-batches", "2", *LARGE_WEIGHTS.split()],
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = python(*command, "--micro-batches", "2", *LARGE_WEIGHTS.split())
     assert done.returncode == 0, done.stderr[-4000:]
     rows = {
         line[:14].strip(): [float(x) for x in line[14:].split()] for line in done.stdout.splitlines()[2:5]

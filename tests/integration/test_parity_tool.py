@@ -1,23 +1,17 @@
 """tools/check_parity.py: agreement at every layout, the divergent layer named, exit statuses."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sample_run import write_recipe, write_sample_data
 
-from integration.harness import REPOSITORY, Scenario, environment, run_scenarios
+from integration.harness import Scenario, python, run_scenarios
 from laver_mcore.convert.export import export_run
 from tools.check_parity import main
 
 
 def check(*argv):
-    command = [sys.executable, "tools/check_parity.py", *map(str, argv)]
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=150, check=False
-    )
+    return python("tools/check_parity.py", *map(str, argv), timeout=150)
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,12 @@
 
 import json
 import subprocess
-import sys
 
-from integration.harness import REPOSITORY, environment
+from integration.harness import python
 
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/benchmark_training.py", *arguments],
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    return python("tools/benchmark_training.py", *arguments, timeout=600)
 
 
 def test_three_arms_agree_and_are_timed(tmp_path):
