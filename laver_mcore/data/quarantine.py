@@ -4,6 +4,7 @@ import json
 import os
 import threading
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
 from laver_mcore.data.errors import DataError
@@ -18,8 +19,13 @@ class Quarantine:
         if not 0.0 <= max_fraction <= 1.0:
             raise DataError(f"max_bad_fraction={max_fraction} is not between 0 and 1")
         self._path, self._max_fraction = path, max_fraction
+        # As written, not as rounded to binary: 0.29 of 100 samples is 29.
+        self._share = Fraction(str(max_fraction))
         self._lock = threading.Lock()
         self._listed: set[str] = set()
+        self._failed: set[str] = (
+            set()
+        )  # during the run, whose samples are those that the index has not left out
         self._num_seen = 0
         self._last = ""
 
@@ -29,7 +35,7 @@ class Quarantine:
     def add_unusable(self, bad: Iterable[tuple[str, str]], total: int) -> None:
         """List what the index left out; DataError when that is more than the allowed fraction of `total`."""
         found = list(bad)
-        if len(found) > self._max_fraction * total:  # the run has not begun: it leaves nothing behind
+        if len(found) > self._share * total:  # the run has not begun: it leaves nothing behind
             raise DataError(self._too_many(found[0][1], len(found), total))
         # Every rank reads the same index; torchrun's first one lists what it left out.
         write = os.environ.get("RANK", "0") == "0"
@@ -39,12 +45,13 @@ class Quarantine:
     def add_failure(self, key: str, reason: str, *, write: bool) -> None:
         """Count a sample that failed during the run, on whatever rank; the one that found it writes it down."""
         self._list(key, reason, write)
+        self._failed.add(key)
         self._last = reason
 
     def check(self) -> None:
         """DataError when too many have failed."""
-        if len(self) > max(_GRACE, self._max_fraction * self._num_seen):
-            raise DataError(self._too_many(self._last, len(self), self._num_seen))
+        if len(self._failed) > max(_GRACE, self._share * self._num_seen):
+            raise DataError(self._too_many(self._last, len(self._failed), self._num_seen))
 
     def saw(self, num_samples: int) -> None:
         """Count samples that the ranks of the run have read, good or bad."""
