@@ -28,13 +28,14 @@ endif
 TORCH_PIP_ARGS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
+MUTANTS_ARGS ?=
 BENCH_ARGS ?=
 SYSTEM_SITE_PACKAGES ?=
 
 LINTED := .
 SHELL_SCRIPTS := .ci/run $(wildcard examples/*/*.sh examples/*/*.sbatch)
 
-.PHONY: help setup setup-data demo test lint format typecheck shellcheck aot bench bench-training gpu-test clean
+.PHONY: help setup setup-data demo test mutants mutants-short lint format typecheck shellcheck aot bench bench-training gpu-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +52,13 @@ demo: setup ## prepare the data, train three stages, evaluate, write runs/demo/r
 # Two workers, a whole file each: the files that start process groups wait for each other's ranks most of the time.
 test: setup ## the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
+
+# With the data libraries, since some faults are noticed by tests that need them.
+mutants: setup-data ## plant faults in the code, one at a time: the tests must notice every one
+	@$(BIN)/python tests/mutants/run.py $(MUTANTS_ARGS)
+
+mutants-short: setup-data ## the same with about twenty of them
+	@$(BIN)/python tests/mutants/run.py --short $(MUTANTS_ARGS)
 
 lint: setup ## style and likely mistakes, formatting included
 	@$(BIN)/ruff check --quiet $(LINTED)
