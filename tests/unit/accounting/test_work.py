@@ -8,11 +8,18 @@ import pytest
 
 from laver_mcore.accounting.flops import step_flops
 from laver_mcore.accounting.towers import tower_shape
-from laver_mcore.accounting.weights import list_weights
+from laver_mcore.accounting.weights import list_weights, padded_vocab
 from laver_mcore.accounting.work import StepWork, micro_batch_work
 from laver_mcore.config.load import from_recipe, resolve
 from laver_mcore.config.presets import fill_from_preset
-from laver_mcore.config.schema import Config, LaverConfig, ModelConfig, TrainConfig, VisionConfig
+from laver_mcore.config.schema import (
+    Config,
+    LaverConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    VisionConfig,
+)
 
 # Documents as lists of text lengths (int) and image grids (pair).
 DOCUMENTS = {
@@ -106,6 +113,16 @@ PUBLISHED = {
 def test_published_parameters(name):
     config = text_only(name)
     assert sum(w.size for w in list_weights(config, config.model.vocab_size)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tp", "rows"),
+    [(151936, 1, 151936), (151936, 2, 152064), (152064, 2, 152064), (96, 1, 128), (129, 8, 1024)],
+)
+def test_padded_vocabulary(vocabulary, tp, rows):
+    """Whole multiples of 128 on every tensor-parallel rank."""
+    config = Config(parallel=ParallelConfig(tensor_model_parallel_size=tp))
+    assert padded_vocab(vocabulary, config) == rows
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-72b"])

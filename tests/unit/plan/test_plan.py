@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from unit.plan import test_dry_run as by_hand
 
-from laver_mcore.accounting.devices import GPUS
+from laver_mcore.accounting.devices import GIB, GPUS
 from laver_mcore.accounting.typical import typical_mix, typical_work
 from laver_mcore.config.checks import ConfigError, check, check_world
 from laver_mcore.config.load import from_recipe, resolve
@@ -140,6 +141,57 @@ def test_predictions_stay_below_the_assumed_rates(config, gpu):
     assert 0.2 < found.mfu < max(0.5, *GPUS[gpu].attention)
     ideal = found.tokens_per_second_per_gpu * found.seconds * 16
     assert ideal == pytest.approx(128 * 2048)
+
+
+@pytest.mark.parametrize("recompute", [None, "full"])
+def test_compute(config, recompute):
+    """FLOPs counted by hand (test_dry_run.py) at the assumed rates; the slowest of two stages sets the pace.
+
+    The teacher's vision head, 0.1 % of a stage, is taken to be spread over the stages like the rest of its pass.
+    """
+    tp, gpu = 2, GPUS["a100-80gb"]
+    found = predicted(config, Layout(tp=tp, pp=2, vp=1, cp=1, dp=4, micro_batch=2, recompute=recompute))
+    matrices, (forward, backward) = (
+        0.5 * gpu.tflops * 1e12,
+        (share * gpu.tflops * 1e12 for share in gpu.attention),
+    )
+    _, attention_forward, attention_backward = by_hand.attention_flops(recompute)
+    decoder = by_hand.decoder_flops(recompute)[1] / matrices
+    decoder += attention_forward / forward + attention_backward / backward
+    spread = tp * 2 * by_hand.VISUAL * by_hand.VISION_HEAD
+    (_, first), (_, last) = by_hand.edge_flops(tp)
+    everywhere = (decoder + spread / matrices) / 2
+    stages = [(everywhere + edge / matrices) / tp for edge in (first, last - spread)]
+    assert found.compute == pytest.approx(by_hand.MICRO_BATCHES * max(stages), rel=1e-9)
+    useful = 64 * by_hand.useful_flops()
+    assert found.mfu == pytest.approx(useful / found.seconds / 16 / (gpu.tflops * 1e12), rel=1e-9)
+
+
+def test_update(config):
+    """Bytes that optimizer and teacher move, at 80 % of the memory's bandwidth; the teacher in one of 125 steps."""
+    dp, gpu = 8, GPUS["a100-80gb"]
+    found = predicted(config, replace(ONE, dp=dp))
+    _, trained, averaged = by_hand.parameters(1, 1, 0)
+    rate = 0.8 * gpu.memory_bandwidth * dp
+    # A gradient read, master and two moments read and written in fp32, the bf16 weight written.
+    assert found.optimizer == pytest.approx((4 + 3 * 8 + 2) * trained / rate, rel=1e-9)
+    # Master read, average read and written, copy written; then a ring gathers the copy, 2 bytes a parameter.
+    sent = 2 * averaged * (dp - 1) / dp
+    move = (4 + 8 + 2) * averaged / rate + sent / (LINK_EFFICIENCY * gpu.nvlink)
+    assert found.ema == pytest.approx(move / 125, rel=1e-9)
+    assert found.volumes["teacher"] == pytest.approx(sent / 125, rel=1e-9)
+
+
+def test_fullest_rank_has_to_leave_the_reserve(config):
+    """4 GiB beside what the fullest rank takes, whichever rank that is."""
+    found, gpu = predicted(config, replace(ONE, pp=2)), GPUS["h200"]
+    assert len({memory.total for memory in found.memory}) == 2
+    largest = max(memory.total for memory in found.memory)
+    for memory in (found.memory, found.memory[::-1]):
+        turned = replace(found, memory=memory)
+        assert turned.peak_memory == largest
+        assert turned.fits(replace(gpu, memory=largest + 4 * GIB))
+        assert not turned.fits(replace(gpu, memory=largest + 4 * GIB - 1))
 
 
 @pytest.mark.parametrize(
