@@ -22,10 +22,12 @@ def test_text_is_one_dimensional_rope():
         assert torch.equal(sin, want.sin())
 
 
-@pytest.mark.parametrize("section", [(0, 16, 16), (8, 12, 12), (32, 0, 0), (1, 2, 29)])
+@pytest.mark.parametrize("section", [(0, 16, 16), (8, 12, 12), (32, 0, 0), (1, 2, 29), None])
 def test_frequency_reads_the_axis_of_its_band(section):
+    """Without a section: rows in the first half of the frequencies, columns in the second, t nowhere."""
     positions = _positions()
     cos, _ = rope_table(positions, 64, base=1e4, section=section)
+    section = section or (0, 16, 16)
     for frequency in range(32):
         axis = 0 if frequency < section[0] else 1 if frequency < section[0] + section[1] else 2
         want = (positions[axis].float() * (1.0 / 1e4 ** (torch.tensor(2.0 * frequency) / 64))).cos()

@@ -1,5 +1,8 @@
+"""The table of names: shapes, order of heads, and a decoder that computes what transformers computes."""
+
 import pytest
 import torch
+from torch.nn.functional import linear, rms_norm, silu
 
 from laver_mcore.config.presets import PRESETS, fill_from_preset
 from laver_mcore.config.schema import ModelConfig
@@ -81,6 +84,80 @@ def test_names_match_transformers(preset):
     }
     assert found == wanted
     assert any(entry.ours == OUTPUT for entry in table) == config.untie_embeddings_and_output_weights
+
+
+def forward(weights, config, ids_T, base=1e4, epsilon=1e-6):
+    """Logits of one document, in plain PyTorch from Megatron's fused weights.
+
+    A group's rows of linear_qkv are its queries, its key, its value; linear_fc1 is gate above up.
+    """
+    groups, channels = config.num_query_groups, config.kv_channels
+    per_group = config.num_attention_heads // groups
+    length = len(ids_T)
+    angle_TF = torch.arange(length)[:, None] * base ** -(torch.arange(0, channels, 2).double() / channels)
+    cos, sin = (torch.cat([f(angle_TF)] * 2, -1)[:, None] for f in (torch.cos, torch.sin))
+
+    def rotated(x_THC):
+        first, second = x_THC.chunk(2, -1)
+        return x_THC * cos + torch.cat([-second, first], -1) * sin
+
+    x_TD = weights["language_model.embedding.word_embeddings.weight"][ids_T]
+    for layer in range(config.num_layers):
+        w = {
+            name.removeprefix(f"language_model.decoder.layers.{layer}."): weight
+            for name, weight in weights.items()
+        }
+        normed = rms_norm(x_TD, x_TD.shape[-1:], w["input_layernorm.weight"], epsilon)
+        fused = linear(normed, w["self_attention.linear_qkv.weight"], w["self_attention.linear_qkv.bias"])
+        q, k, v = fused.view(length, groups, per_group + 2, channels).split([per_group, 1, 1], 2)
+        q, k, v = rotated(q.flatten(1, 2)), rotated(k.squeeze(2)), v.squeeze(2)
+        k, v = (x.repeat_interleave(per_group, 1) for x in (k, v))
+        scores_HTT = torch.einsum("ihc,jhc->hij", q, k) / channels**0.5
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        p_HTT = scores_HTT.masked_fill(future, -torch.inf).softmax(-1)
+        attended = torch.einsum("hij,jhc->ihc", p_HTT, v).flatten(1)
+        x_TD = x_TD + linear(attended, w["self_attention.linear_proj.weight"])
+        normed = rms_norm(x_TD, x_TD.shape[-1:], w["pre_mlp_layernorm.weight"], epsilon)
+        gate, up = linear(normed, w["mlp.linear_fc1.weight"]).chunk(2, -1)
+        x_TD = x_TD + linear(silu(gate) * up, w["mlp.linear_fc2.weight"])
+    normed = rms_norm(
+        x_TD, x_TD.shape[-1:], weights["language_model.decoder.final_layernorm.weight"], epsilon
+    )
+    head = "language_model.output_layer.weight"
+    tied = weights["language_model.embedding.word_embeddings.weight"]
+    return linear(normed, weights.get(head, tied))
+
+
+@pytest.mark.parametrize("preset", ["qwen2.5-0.5b", "qwen2.5-7b"])
+def test_fused_weights_compute_what_transformers_computes(preset):
+    """In fp64, where a weight in another's place cannot hide: of equal shape are k and v, gate and up, the norms."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = small(preset)
+    hf = Qwen2Config(
+        num_hidden_layers=2,
+        hidden_size=config.hidden_size,
+        intermediate_size=24,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_query_groups,
+        vocab_size=50,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=not config.untie_embeddings_and_output_weights,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(hf).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    theirs, ids_T = dict(model.named_parameters()), torch.arange(3, 40, 3)
+    ours = {e.ours: fuse(e, [theirs[name] for name in e.theirs], config) for e in entries(config)}
+    with torch.no_grad():
+        wanted, got = model(ids_T[None]).logits[0], forward(ours, config, ids_T)
+    assert wanted.std() > 0.1
+    # transformers keeps the rotary table in fp32: angles up to 12 err by 1e-6.
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_transformer_engine_names_are_the_same_weights():
