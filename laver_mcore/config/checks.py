@@ -17,6 +17,12 @@ def _divisors(*values: int, limit: int = 64) -> str:
     return ", ".join(found[:-1]) + (" or " if len(found) > 1 else "") + found[-1]
 
 
+def _check_sizes(config: Config) -> None:
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        size = getattr(config.parallel, name)
+        _require(size >= 1, f"{name}={size} must be at least 1")
+
+
 def _check_model(config: Config) -> None:
     model, parallel = config.model, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -55,7 +61,6 @@ def _check_parallel(config: Config) -> None:
     parallel, train = config.parallel, config.train
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     virtual = parallel.num_virtual_stages_per_pipeline_rank
-    _require(tp >= 1 and pp >= 1, f"parallel sizes must be at least 1, got TP {tp} and PP {pp}")
     _require(
         not parallel.sequence_parallel or tp > 1,
         "sequence_parallel needs tensor_model_parallel_size > 1; drop the flag or raise the size",
@@ -84,7 +89,6 @@ def _check_parallel(config: Config) -> None:
 def _check_context_parallel(config: Config) -> None:
     """Inside attention context parallelism shares out heads, so their numbers decide what is possible."""
     cp, tp = config.parallel.context_parallel_size, config.parallel.tensor_model_parallel_size
-    _require(cp >= 1, f"context_parallel_size={cp} must be at least 1")
     heads, groups = config.model.num_attention_heads, config.model.num_query_groups
     assert heads and groups
     heads, groups = heads // tp, groups // tp
@@ -212,6 +216,7 @@ def check(config: Config) -> None:
     _check_run(config)
     _check_data(config)
     _check_objective(config)
+    _check_sizes(config)  # what follows divides by them
     _check_model(config)
     _check_teacher_precision(config)
     _check_context_parallel(config)

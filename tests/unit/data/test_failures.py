@@ -12,6 +12,7 @@ from laver_mcore.data.errors import DataError
 from laver_mcore.data.images import PatchImageProcessor
 from laver_mcore.data.loader import DialogueData
 from laver_mcore.data.prompt import IGNORE
+from laver_mcore.data.steps import StepLayout
 from laver_mcore.data.workers import Inline
 
 PROCESSOR = PatchImageProcessor(image_size=16, patch_size=8)
@@ -58,10 +59,12 @@ def test_every_damaged_sample_is_listed_and_silent(backend, damaged, hugging_fac
             num_images += batch.num_images
             num_samples += batch.num_samples
     rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert {row["sample"] for row in rows} <= {f"s{number}" for number in BAD}
-    assert len(rows) >= 2
+    read = {data.samples.key(number) for row in range(4 * steps) for number in data.row(row)}
+    assert sorted(row["sample"] for row in rows) == sorted(read & {f"s{number}" for number in BAD})
+    assert len(rows) >= 2, "choose a seed whose steps hold bad samples"
     assert all("cannot be decoded" in row["reason"] for row in rows)
-    assert num_samples - num_images >= len(rows)
+    texts = {key for key in read if key.startswith("t")}  # of the others each has an image
+    assert num_samples - num_images == len(rows) + len(texts)
 
 
 def test_ranks_that_see_different_images_end_up_with_the_same_batches(damaged, hugging_face):
@@ -159,12 +162,45 @@ def run_ranks(ranks, steps, replica_size=2):
     return answers, exchanges
 
 
-def test_too_many_failures_stop_the_run(tmp_path, hugging_face):
-    path = write_llava(tmp_path, {f"{n}.jpg": encode(picture(seed=n))[:700] for n in range(40)})
-    steps = build(path, hugging_face).iterate(0, 20, **SIZES, image_share=(0, 1))
-    message = r"cannot be decoded .*samples are bad, more than max_bad_fraction=0\.1"
-    with pytest.raises(DataError, match=message):
-        list(steps)
+def last_good_step(data, bad, fraction, num_steps):
+    """How many steps pass until more than `fraction` of the samples read so far, and more than eight, have failed."""
+    seen, failed = 0, set()
+    for step in range(num_steps):
+        members = [number for row in range(4 * step, 4 * step + 4) for number in data.row(row)]
+        seen += len(members)
+        found = {data.samples.key(number) for number in members} & bad
+        failed |= found
+        if found and len(failed) > max(8, fraction * seen):
+            return step
+    return num_steps
+
+
+@pytest.mark.parametrize(
+    ("every", "fraction"), [(1, 0.1), (2, 0.1), (4, 0.25), (4, 0.3), (2, 0.5), (20, 0.0)], ids=str
+)
+def test_too_many_failures_stop_the_run_at_their_step(every, fraction, tmp_path, hugging_face):
+    """Every `every`-th image is bad; the step at which that is too much is found by counting."""
+    pictures = {f"{n}.jpg": encode(picture(seed=n))[: None if n % every else 700] for n in range(60)}
+    path = write_llava(tmp_path, pictures)
+    data = build(path, hugging_face, max_bad_fraction=fraction)
+    expected = last_good_step(data, {f"s{n}" for n in range(0, 60, every)}, fraction, 12)
+    steps = data.iterate(0, 12, **SIZES, image_share=(0, 1))
+    for _ in range(expected):
+        next(steps)
+    if expected < 12:
+        message = f"cannot be decoded .*samples are bad, more than max_bad_fraction={fraction}"
+        with pytest.raises(DataError, match=message):
+            next(steps)
+    steps.close()
+
+
+def test_a_step_counts_the_samples_of_all_ranks(damaged, hugging_face):
+    data = build(damaged, hugging_face)
+    for step in range(4):
+        ranks = [{"dp_rank": rank, "dp_size": 2} for rank in range(2)]
+        plan = data._plan(StepLayout(**SIZES, **ranks[0]))
+        of_ranks = [data.step_batches(step, **SIZES, **rank) for rank in ranks]
+        assert plan.num_samples(step) == sum(batch.num_samples for of in of_ranks for batch in of)
 
 
 def test_too_many_failures_stop_all_ranks_at_the_same_step(tmp_path, hugging_face):

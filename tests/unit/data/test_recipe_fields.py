@@ -2,17 +2,18 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from corpora import write_finevision
 from sample_run import write_recipe, write_sample_data
 
-from laver_mcore.build import build_data, build_tokenizer
+from laver_mcore import build
 from laver_mcore.checkpoint import Progress
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.load import parse
+from laver_mcore.data.finevision import RatingFilter
 from laver_mcore.data.native import native_processor
-from laver_mcore.data.pixel_settings import smart_resize
 from laver_mcore.run import skip_ahead
 
 
@@ -30,7 +31,7 @@ def config_of(folder, *argv):
 
 def data_of(folder, *argv):
     config = config_of(folder, *argv)
-    return build_data(config, build_tokenizer(config))
+    return build.build_data(config, build.build_tokenizer(config))
 
 
 @pytest.mark.parametrize(("rating", "num_turns"), [(None, 18), (3, 14), (5, 10)])
@@ -59,12 +60,77 @@ def test_packing_window_and_cost_change_the_rows(folder):
 def test_pixel_bounds_of_native_resolution(bounds, tmp_path):
     given = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "min_pixels": 3136}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(given | {"max_pixels": 1_000_000}))
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
     ours = native_processor("qwen2-vl", tmp_path, min_pixels=bounds[0], max_pixels=bounds[1])
     low, high = bounds[0] or 3136, bounds[1] or 1_000_000
     for width, height in ((640, 480), (61, 45), (2000, 1500)):
-        rows, columns = smart_resize(width, height, 28, low, high)
+        rows, columns = smart_resize(height, width, 28, low, high)
         assert ours.grid(width, height) == (rows // 28, columns // 28)
     assert (ours.settings.min_pixels, ours.settings.max_pixels) == (low, high)
+
+
+# Flags -> (argument of the data engine, its value).
+WIRING = {
+    "--seq-length 96": ("seq_length", 96),
+    "--seed 5": ("seed", 5),
+    "--overlong drop": ("overlong", "drop"),
+    "--packing-window 8": ("packing_window", 8),
+    "--num-workers 3": ("num_workers", 3),
+    "--worker-timeout 7": ("worker_timeout", 7.0),
+    "--decode-threads 5": ("decode_threads", 5),
+    "--max-bad-fraction 0.25": ("max_bad_fraction", 0.25),
+    "--image-backend torch_uint8": ("image_backend", "torch_uint8"),
+    "--image-folder pictures": ("image_folder", "pictures"),
+    "--index-folder indexes": ("index_folder", Path("indexes")),
+    "--system-prompt Hello.": ("system_prompt", "Hello."),
+    "--save runs/x": ("quarantine", Path("runs/x/quarantine.jsonl")),
+    "--data-weights 0.5": ("weights", (0.5,)),
+    "--min-relevance 2": ("ratings", RatingFilter(relevance=2)),
+    "--min-visual-dependency 3": ("ratings", RatingFilter(visual_dependency=3)),
+    "--min-image-correspondence 4": ("ratings", RatingFilter(image_correspondence=4)),
+    "--min-formatting 5": ("ratings", RatingFilter(formatting=5)),
+}
+
+
+@pytest.mark.parametrize(("flags", "wanted"), WIRING.items(), ids=WIRING)
+def test_a_flag_reaches_its_argument_and_no_other(flags, wanted, folder, monkeypatch):
+    given = []
+    monkeypatch.setattr(build, "DialogueData", lambda paths, **settings: given.append(settings))
+    data_of(folder)
+    data_of(folder, *flags.split())
+    plain, changed = ({**settings, "tokenizer": None} for settings in given)
+    plain.pop("cost"), changed.pop("cost")  # that of another length is another
+    name, value = wanted
+    assert changed[name] == value != plain[name]
+    assert plain | {name: value} == changed
+
+
+PATHS = {
+    "encoder-free": ("--image-size 48 --patch-size 12", {"image_size": 48, "patch_size": 12}),
+    "lower bound": ("--vision qwen2-vl --vision-path {d} --min-pixels 784", {"min_pixels": 784}),
+    "upper bound": ("--vision qwen2-vl --vision-path {d} --max-pixels 9408", {"max_pixels": 9408}),
+}
+
+
+@pytest.mark.parametrize(("flags", "wanted"), PATHS.values(), ids=PATHS)
+def test_what_the_image_processor_is_built_from(flags, wanted, folder, tmp_path):
+    given = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 1_000_000}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(given))
+    processor = build.build_image_processor(config_of(folder, *flags.format(d=tmp_path).split()))
+    settings = processor if flags.startswith("--image") else processor.settings
+    assert {name: getattr(settings, name) for name in wanted} == wanted
+    if settings is not processor:
+        other = {"min_pixels", "max_pixels"} - wanted.keys()
+        assert {name: getattr(settings, name) for name in other} == {name: given[name] for name in other}
+
+
+def test_several_sets_keep_their_order(folder, monkeypatch):
+    given = []
+    monkeypatch.setattr(build, "DialogueData", lambda paths, **settings: given.append((paths, settings)))
+    data_of(folder, "--data-path", "b.json", "a.json", "--data-weights", "2", "0.5")
+    ((paths, settings),) = given
+    assert (paths, settings["weights"]) == (["b.json", "a.json"], (2.0, 0.5))
 
 
 BAD = {
@@ -87,6 +153,7 @@ def test_skip_to_moves_the_data_alone(folder):
     assert skip_ahead(Progress(iteration=3, consumed_rows=12), config) == Progress(
         iteration=3, consumed_rows=28
     )
+    assert skip_ahead(Progress(iteration=7, consumed_rows=28), config).consumed_rows == 28  # where it stands
     with pytest.raises(ConfigError, match="skip_to=7 lies behind step 8"):
         skip_ahead(Progress(iteration=8, consumed_rows=32), config)
     stays = replace(config, run=replace(config.run, skip_to=None))
