@@ -133,6 +133,14 @@ def test_tokenizer_interface(tokenizer):
     assert len({getattr(tokenizer.special, name) for name in CHAT_TOKENS}) == len(CHAT_TOKENS)
 
 
+def test_padding_and_ends_are_the_tokenizers_own(hugging_face, reference):
+    special = hugging_face.special
+    assert special.pad == reference.convert_tokens_to_ids("<|endoftext|>")
+    assert special.eos == special.im_end == reference.convert_tokens_to_ids("<|im_end|>")
+    names = {name: reference.convert_tokens_to_ids(text) for name, text in CHAT_TOKENS.items()}
+    assert {name: getattr(special, name) for name in CHAT_TOKENS} == names
+
+
 def test_fingerprints_tell_tokenizers_apart(hugging_face_path, sentencepiece_path):
     paths = [hugging_face_path, sentencepiece_path]
     first, again = ([load_tokenizer(path).fingerprint() for path in paths] for _ in range(2))
