@@ -28,6 +28,8 @@ RUNS = {
     "unmoved_fp8": f"{WITHOUT_TARGETS} --teacher-precision fp8",
     "trained": "",
     "trained_fp8": "--teacher-precision fp8 --use-distributed-optimizer",
+    "slow": "--lr 1e-5",
+    "slow_fp8": "--lr 1e-5 --teacher-precision fp8 --use-distributed-optimizer",
 }
 
 
@@ -93,14 +95,31 @@ def test_training_without_targets_is_the_same_bit_by_bit(runs):
     assert all(runs["unmoved_fp8"][i]["mim_loss"] != runs["unmoved"][i]["mim_loss"] > 0 for i in range(1, 5))
 
 
-def test_training_goes_on_alike(runs):
-    """The first masked step closely; after it random weights at this learning rate go ways of their own."""
-    assert len(runs["trained_fp8"]) == 5
-    for got, wanted in zip(runs["trained_fp8"], runs["trained"], strict=True):
-        close = 0.02 if got["iteration"] <= 2 else 0.25
-        assert got["mim_loss"] == pytest.approx(wanted["mim_loss"], rel=close)
-        assert got["lm_loss"] == pytest.approx(wanted["lm_loss"], rel=close)
-    assert runs["trained_fp8"][-1]["mim_loss"] != runs["trained"][-1]["mim_loss"]
+# Run -> relative differences allowed up to the first masked step, the second, and after it. With the recipe's small
+# weights fp8 changes targets by a few 1e-4 (with large ones by 1e-2, see above), and the losses with them; the LM loss
+# only through the weights. Adam moves a weight by about the learning rate, whichever way a gradient near zero points:
+# two runs part by up to 2 lr a step. At 1e-5 that is 0.1 % of the weights' standard deviation of 0.02, and nothing to
+# see; at the recipe's 1e-3 it is 10 %.
+CLOSE = {
+    "slow": (
+        dict(mim_loss=2e-3, gram_loss=2e-3, lm_loss=1e-5),
+        dict(mim_loss=2e-3, gram_loss=2e-3, lm_loss=1e-5),
+    ),
+    "trained": (
+        dict(mim_loss=2e-3, gram_loss=1e-2, lm_loss=1e-5),
+        dict(mim_loss=0.1, gram_loss=0.1, lm_loss=1e-3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLOSE)
+def test_training_goes_on_alike(runs, name):
+    assert len(runs[f"{name}_fp8"]) == 5
+    for got, wanted in zip(runs[f"{name}_fp8"], runs[name], strict=True):
+        for loss, close in CLOSE[name][got["iteration"] > 2].items():
+            # Before anything is masked the student sees what the teacher sees: no Gram loss, but fp8's.
+            assert got[loss] == pytest.approx(wanted[loss], rel=close, abs=1e-6), (loss, got["iteration"])
+    assert runs[f"{name}_fp8"][-1]["mim_loss"] != runs[name][-1]["mim_loss"]
 
 
 def test_the_tool_measures_it(data_directory):

@@ -3,12 +3,10 @@
 import json
 
 import pytest
+import sentencepiece
 from sample_run import write_recipe, write_sample_data
 
 from integration.harness import Scenario, read_metrics, run_scenarios
-from laver_mcore.accounting.flops import step_flops
-from laver_mcore.accounting.work import StepWork
-from laver_mcore.config.load import parse
 
 RANGES = ("vision", "teacher", "student", "optimizer", "ema")
 PARTS = ("data", *RANGES, "other")
@@ -16,11 +14,24 @@ MICRO_BATCHES = 4  # of one row, in the sample recipe
 FLAGS = "--train-iters 4 --log-interval 2 --profile --profile-step-start 2 --profile-step-end 4 --ema-steps 1"
 
 
+QUESTION, ANSWER = "red green blue dark bright left right up", "one two three"
+VISUAL = 16  # tokens of an image
+
+
+def write_equal_samples(directory):
+    """Twelve dialogues of one image and the same words: two fill a packed row, so that every step holds the same."""
+    write_sample_data(directory, num_samples=12)
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": ANSWER}]
+    images = sorted(path.name for path in directory.glob("*.png"))
+    records = [{"id": f"s{i}", "conversations": turns, "image": images[i % len(images)]} for i in range(12)]
+    (directory / "train.json").write_text(json.dumps(records), encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("metrics")
-    write_sample_data(directory, num_samples=12)
-    recipe = write_recipe(directory)
+    write_equal_samples(directory / "data")
+    recipe = write_recipe(directory / "data")
     plain = f"--config {recipe} {FLAGS}"
     scenarios = [
         Scenario(name="plain", argv=tuple(plain.split())),
@@ -55,13 +66,52 @@ def test_shares_of_the_peak(runs):
     assert 0 < plain["padding_share"] < 1
 
 
-def test_rate_is_work_over_time(runs):
-    """Dialogue rows alone bound the FLOPs from below, twice their parameters' worth per useful row from above."""
-    row = read_metrics(runs / "plain")[-1]
-    config, _ = parse(["--config", str(runs / "plain" / "config.yaml")])
-    tokens = row["tokens_per_second"]
-    floor = step_flops(config, 96, StepWork(dialogue_rows=1_000_000)).dialogue.model / 1e6 * tokens / 1e12
-    assert floor < row["tflops_per_gpu"] < 4 * floor
+def sizes_of(runs):
+    """(tokens of a dialogue, tokens that it supervises, vocabulary), from the prompt written out and the tokenizer."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(runs / "data" / "tokenizer.model"))
+    image = f"<|vision_start|>{'<|image_pad|>' * VISUAL}<|vision_end|>"
+    learned = model.encode(f"{ANSWER}<|im_end|>")
+    asked = model.encode(f"<|im_start|>user\n{image}\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n")
+    return len(asked) + len(learned) + len(model.encode("\n")), len(learned), model.vocab_size()
+
+
+def flops_of_a_step(length, supervised, vocabulary):
+    """(useful, run) FLOPs of eight dialogues of the sample recipe's model, all of which trains.
+
+    2 a weight and row forward and 4 backward; of attention 4 D a pair and layer forward, twice that backward, and half
+    of it more where the scores are made again; the teacher's forward besides. LM head and padded vocabulary: 128 rows.
+    """
+    width, layers, ffn, queries, keys, head = 64, 4, 128, 64, 32, 64
+    decoder = layers * (width * (queries + 2 * keys) + queries * width + 3 * width * ffn)
+    connector, vision_head = 3 * 8 * 8 * width + 2 * width**2, 3 * head**2
+    pairs = length * (length + 1) // 2 + VISUAL * (VISUAL - 1) // 2 + VISUAL**2
+    one_pair = 4 * layers * queries
+    head_row = 6 * supervised * width
+    others = 6 * decoder * (length + VISUAL) + 2 * decoder * VISUAL + one_pair * VISUAL**2
+    others += VISUAL * (6 * connector - 2 * 3 * 8 * 8 * width)  # pixels need no gradient
+    others += 8 * vision_head * VISUAL + 4 * width * VISUAL**2
+    useful = 8 * (others + 3 * one_pair * pairs + head_row * vocabulary)
+    # A micro-batch is one row of two dialogues, padded to a multiple of 16; the images fill 32 rows.
+    padding = 4 * (-2 * length % 16)
+    return useful, 8 * (others + 3.5 * one_pair * pairs + head_row * 128) + 6 * decoder * padding
+
+
+@pytest.mark.parametrize("name", ["plain", "peak"])
+def test_rate_is_work_over_time(runs, name):
+    """To the last digits: rows, tokens and FLOPs of a step counted from the data and the model's shapes."""
+    length, supervised, vocabulary = sizes_of(runs)
+    assert 43 <= length <= 64  # two in a row of 128, and no third
+    useful, run = flops_of_a_step(length, supervised, vocabulary)
+    padding = 4 * (-2 * length % 16)
+    rows = 8 * (length + VISUAL) + padding + 8 * VISUAL  # student's and teacher's
+    for row in read_metrics(runs / name):
+        seconds = row["step_seconds"]
+        assert row["tokens_per_second"] * seconds == pytest.approx(8 * length, rel=1e-9)
+        assert row["images_per_second"] * seconds == pytest.approx(8, rel=1e-9)
+        assert row["tflops_per_gpu"] * seconds * 1e12 == pytest.approx(useful, rel=1e-9)
+        assert row["padding_share"] == pytest.approx(padding / rows, rel=1e-9)
+        if name == "peak":
+            assert row["hfu"] * 2 * seconds * 1e12 == pytest.approx(run, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["plain"])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from unit.model.test_fp8 import decoded
 
 from laver_mcore.model.fp8 import Fp8Pass
 from laver_mcore.model.teacher import MasterShard, Teacher, TeacherError
@@ -180,6 +181,7 @@ def test_codes_in_fp8_are_the_teachers_and_made_anew_when_it_changes(topology, c
     chunk = Chunk(torch.float32)
     chunk.fp8 = Fp8Pass()
     teacher = teacher_of(chunk, topology)
+    start = chunk.vision_head.weight.detach().clone()
     pairs = give(chunk, {name: master * 3 for name, master in masters_of(chunk).items()})
     weight, rows = chunk.vision_head.weight, torch.randn(2, WIDTH)
 
@@ -189,13 +191,19 @@ def test_codes_in_fp8_are_the_teachers_and_made_anew_when_it_changes(topology, c
             assert chunk.fp8.running
             return chunk.fp8.linear(rows, weight, None)
 
+    def expected(weight: torch.Tensor) -> torch.Tensor:
+        """The product of what both operands' codes stand for, in fp64."""
+        return (decoded(rows) @ decoded(weight).t()).float()
+
     before = taught()
     assert torch.equal(taught(), before)
+    # fp32 sums of eight products of about 0.1 each.
+    torch.testing.assert_close(before, expected(start), rtol=0, atol=1e-6)
     if change == "moves":
         teacher.update(pairs, 0.0)
     else:
         teacher.load({p: p.detach().clone() for p in teacher.parameters})
-    torch.testing.assert_close(taught(), 3 * before, rtol=0.2, atol=0.2)
+    torch.testing.assert_close(taught(), expected(3 * start), rtol=0, atol=1e-6)
     assert not torch.equal(taught(), before)
 
 
