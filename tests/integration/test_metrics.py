@@ -53,7 +53,7 @@ def test_parts_make_up_the_step(runs, name):
             times[part] for part in RANGES
         )  # starting and writing a trace is `other`
         step = 1000 * row["step_seconds"]
-        assert sum(times.values()) == pytest.approx(step, rel=0.01)
+        assert sum(times.values()) == pytest.approx(step, rel=1e-6)
 
 
 def test_shares_of_the_peak(runs):

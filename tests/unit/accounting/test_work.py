@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from laver_mcore.accounting.flops import step_flops
+from laver_mcore.accounting.memory import holdings
 from laver_mcore.accounting.towers import tower_shape
 from laver_mcore.accounting.weights import list_weights, padded_vocab
 from laver_mcore.accounting.work import StepWork, micro_batch_work
@@ -123,6 +124,14 @@ def test_padded_vocabulary(vocabulary, tp, rows):
     """Whole multiples of 128 on every tensor-parallel rank."""
     config = Config(parallel=ParallelConfig(tensor_model_parallel_size=tp))
     assert padded_vocab(vocabulary, config) == rows
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-7b"])
+def test_two_stages_hold_a_tied_embedding_twice(name):
+    config = replace(text_only(name), parallel=ParallelConfig(pipeline_model_parallel_size=2))
+    shape = config.model
+    copy = 0 if shape.untie_embeddings_and_output_weights else shape.vocab_size * shape.hidden_size
+    assert sum(held.all for held in holdings(config, shape.vocab_size)) == PUBLISHED[name] + copy
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-72b"])
