@@ -93,6 +93,19 @@ def test_batches_hold_the_samples_of_their_rows(data):
         assert list(batch.image_keys) == keys
 
 
+@pytest.mark.parametrize("prefetch_steps", [0, 1, 2, 5])
+@pytest.mark.parametrize(("start", "end"), [(0, 7), (3, 7), (6, 7)])
+def test_steps_come_in_order_however_far_ahead_they_are_made(start, end, prefetch_steps, data):
+    """Step k holds the rows from 2 k on, and the steps end where they should."""
+    layout = {"global_batch_size": 2, "micro_batch_size": 2}
+    got = [
+        batch.document_lengths
+        for (batch,) in data.iterate(start, end, prefetch_steps=prefetch_steps, **layout)
+    ]
+    rows = [[*data.row(2 * step), *data.row(2 * step + 1)] for step in range(start, end)]
+    assert got == [tuple(data.lengths[members].tolist()) for members in rows]
+
+
 def test_rows_do_not_depend_on_what_was_asked_before(data, dataset, hugging_face):
     fresh = build(dataset, hugging_face)
     late = [fresh.row(r) for r in (97, 3, 60, 0)]

@@ -133,6 +133,14 @@ def test_tokenizer_interface(tokenizer):
     assert len({getattr(tokenizer.special, name) for name in CHAT_TOKENS}) == len(CHAT_TOKENS)
 
 
+def test_the_vocabulary_ends_behind_its_largest_id(hugging_face, reference, sentencepiece_path):
+    import sentencepiece
+
+    assert hugging_face.vocab_size == max(reference.get_vocab().values()) + 1
+    model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_path))
+    assert load_tokenizer(sentencepiece_path).vocab_size == model.get_piece_size()
+
+
 def test_padding_and_ends_are_the_tokenizers_own(hugging_face, reference):
     special = hugging_face.special
     assert special.pad == reference.convert_tokens_to_ids("<|endoftext|>")

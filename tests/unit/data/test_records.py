@@ -5,7 +5,7 @@ import json
 import pytest
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.records import Turn, load_records
+from laver_mcore.data.records import Turn, load_records, typed_pieces
 
 HUMAN = {"from": "human", "value": "<image>\nwhat?"}
 GPT = {"from": "gpt", "value": "a cat"}
@@ -86,6 +86,23 @@ def test_accepted(record, roles, images, form, folder):
 def test_typed_parts_become_text_with_placeholders(folder):
     (sample,) = load(folder, json.dumps([ACCEPTED["openai parts"][0]]))
     assert sample.turns == (Turn("user", "<image>what?"), Turn("assistant", "a cat"))
+
+
+IMAGE = {"type": "image"}
+PARTS = {
+    "image first": ([IMAGE, "what?"], ["", "what?"]),
+    "image last": (["what?", IMAGE], ["what?", ""]),
+    "image between": (["what ", IMAGE, " then?"], ["what ", " then?"]),
+    "two images": ([IMAGE, "or", IMAGE, "?"], ["", "or", "?"]),
+    "text in two parts": (["a", "b", IMAGE], ["ab", ""]),
+    "text alone": (["why?"], ["why?"]),
+}
+
+
+@pytest.mark.parametrize(("parts", "pieces"), PARTS.values(), ids=PARTS)
+def test_typed_pieces_keep_their_order(parts, pieces):
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    assert typed_pieces(content, "record 0") == pieces
 
 
 def test_byte_order_mark_and_line_separator(folder):
