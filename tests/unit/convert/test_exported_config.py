@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from unit.model.test_native_encoders import write_directory
 
 from laver_mcore.config.hugging_face import read_shape, text_config
 from laver_mcore.config.presets import fill_from_preset
@@ -105,6 +106,16 @@ def test_text_config_is_what_transformers_reads_and_writes(tmp_path, tied):
     assert again.head_dim == 8
 
 
+def test_untied_where_the_flag_is_missing(tmp_path):
+    """As transformers writes it: Qwen2's default is left out."""
+    numbers = dict(num_hidden_layers=3, hidden_size=48, intermediate_size=72, num_attention_heads=6)
+    numbers |= dict(num_key_value_heads=2, vocab_size=77, rms_norm_eps=3e-5, model_type="qwen2")
+    (tmp_path / "config.json").write_text(json.dumps(numbers))
+    found = read_shape(tmp_path)
+    assert found["untie_embeddings_and_output_weights"] is True
+    assert (found["rotary_base"], found["kv_channels"]) == (10000.0, 8)
+
+
 def recipe(untied=True, tower=None, **laver):
     """Encoder-free, or with a tower from its directory."""
     vision = VisionConfig(vision="encoder-free", image_size=48, patch_size=12, connector_hidden_size=40)
@@ -162,6 +173,19 @@ def test_preprocessor_config(tower):
     assert towers["tower"] == PIXELS
     assert towers["image_grid"] == [5, 5]
     assert bare["image_processor_type"] == towers["image_processor_type"] == "LaverImageProcessor"
+
+
+def test_preprocessor_config_of_a_native_tower(tmp_path):
+    """The tower's file, but for the bounds that the recipe gives."""
+    write_directory(tmp_path, "qwen2-vl")
+    vision = VisionConfig(vision="qwen2-vl", vision_path=str(tmp_path), min_pixels=320, max_pixels=2048)
+    said = processor_config(Config(model=model(), vision=vision))
+    assert said["image_grid"] is None
+    size = said["tower"].get("size") or {}
+    found = [said["tower"].get("min_pixels", size.get("shortest_edge"))]
+    found += [said["tower"].get("max_pixels", size.get("longest_edge"))]
+    assert found == [320, 2048]
+    assert (said["tower"]["image_mean"], said["tower"]["merge_size"]) == ([0.4, 0.5, 0.6], 2)
 
 
 def test_generation_config():

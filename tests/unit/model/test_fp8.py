@@ -7,7 +7,7 @@ import torch
 
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.load import parse
-from laver_mcore.model.fp8 import Fp8Pass, multiply, quantize_rows
+from laver_mcore.model.fp8 import Fp8Pass, _Fp8Teacher, multiply, quantize_rows
 from laver_mcore.model.layer_spec import require_fp8
 
 # Every finite e4m3 number from its definition: 1 sign, 4 exponent bits with bias 7, 3 of mantissa; no infinities.
@@ -169,6 +169,38 @@ def test_codes_of_weights_last_until_they_are_forgotten():
     fp8.forget()
     assert fp8.num_bytes == 0
     assert torch.equal(fp8.linear(rows, weight, None), 2 * without)  # a power of two goes into the scales
+
+
+class Linear:
+    """The part of Megatron's linear layers that is called."""
+
+    def _forward_impl(self, input, weight, *, bias, **_):
+        return torch.nn.functional.linear(input, weight, bias)
+
+
+class Fp8Linear(_Fp8Teacher, Linear): ...
+
+
+def test_only_the_teachers_pass_is_in_fp8():
+    """Outside of it the layer is the one that it was, bit by bit; inside it computes with codes, the bias among it."""
+    fp8 = Fp8Pass()
+    layer, rows = Fp8Linear(fp8=fp8), draw("gaussian", 6, 48)
+    weight, bias = torch.nn.Parameter(draw("gaussian", 16, 48)), torch.arange(16.0)
+    given = dict(bias=bias, tp_group=None, sequence_parallel=False)
+
+    def computed():
+        return layer._forward_impl(rows, weight, **given).detach()
+
+    plain = torch.nn.functional.linear(rows, weight, bias).detach()
+    assert torch.equal(computed(), plain)
+    assert fp8.num_bytes == 0
+    with torch.no_grad(), fp8.run():
+        inside = computed()
+    coded = decoded(rows) @ decoded(weight.detach()).t() + bias
+    # Sums of 48 products of about 1 in fp32, and the bias's rounding; fp8's own error is a thousand times that.
+    torch.testing.assert_close(inside.double(), coded, rtol=0, atol=1e-5)
+    assert (inside - plain).abs().max() > 0.01
+    assert torch.equal(computed(), plain)
 
 
 # Flags -> words of the refusal.

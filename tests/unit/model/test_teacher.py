@@ -195,8 +195,10 @@ def test_codes_in_fp8_are_the_teachers_and_made_anew_when_it_changes(topology, c
         """The product of what both operands' codes stand for, in fp64."""
         return (decoded(rows) @ decoded(weight).t()).float()
 
+    without_codes = teacher.num_bytes
     before = taught()
     assert torch.equal(taught(), before)
+    assert teacher.num_bytes == without_codes + WIDTH**2 + 4 * WIDTH  # a byte a number, a scale a row
     # fp32 sums of eight products of about 0.1 each.
     torch.testing.assert_close(before, expected(start), rtol=0, atol=1e-6)
     if change == "moves":
