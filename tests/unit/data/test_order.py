@@ -45,6 +45,22 @@ def test_a_mixture_sees_every_sample_of_a_set_equally_often(weights, epochs, exp
     assert [set(of_set) for of_set in found] == expected
 
 
+@pytest.mark.parametrize(
+    ("weight", "size", "expected"),
+    [
+        (0.3, 30, [9] * 8),  # 0.3 is a little less in binary, and 8.99... would be cut
+        (0.7, 20, [14] * 8),
+        (0.1, 30, [3] * 8),
+        (1.1, 10, [11] * 8),
+        (0.25, 6, [1, 2, 1, 2, 1, 2, 1, 2]),
+        (2.5, 3, [7, 8, 7, 8, 7, 8, 7, 8]),
+    ],
+)
+def test_an_epoch_holds_its_share_of_a_set(weight, size, expected):
+    order = order_of((size, 20), (weight, 1))
+    assert [int((order.samples_of(epoch) < size).sum()) for epoch in range(8)] == expected
+
+
 def test_equal_weights_are_the_plain_order():
     plain, weighted = order_of((30, 20)), order_of((30, 20), (1, 1))
     assert [plain.row(r) for r in range(60)] == [weighted.row(r) for r in range(60)]
