@@ -30,9 +30,11 @@ def test_three_arms_agree_and_are_timed(tmp_path):
         assert row["timed_steps"] == 2
         assert min(row["step_ms"], row["peak_bytes"], row["tokens_per_second"], row["images_per_second"]) > 0
     assert rows["laver"]["useful_tflop"] == rows["released"]["useful_tflop"] > rows["lm"]["useful_tflop"]
-    # What the account says that runs, against torch's own count of matrix products.
+    # What the account says that runs, against torch's own count of matrix products. That is more: on a CPU attention
+    # is dense, where the account has the pairs that the mask lets through, and Gram matrices are whole. Both are small
+    # beside the matrices of this model: 3, 5 and 6 % is what was seen.
     for arm in ("lm", "laver", "released"):
-        assert abs(rows[arm]["counted_tflop"] / rows[arm]["executed_tflop"] - 1) < 0.1, rows[arm]
+        assert 0 <= rows[arm]["counted_tflop"] / rows[arm]["executed_tflop"] - 1 < 0.07, rows[arm]
     assert result["ratios"]["laver_over_lm"]["account_useful"] > 1
     assert result["machine"]["commit"]
     assert result["absolute_times_count"] is False
