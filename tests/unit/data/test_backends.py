@@ -18,13 +18,27 @@ from laver_mcore.data.images import PatchImageProcessor
 from laver_mcore.data.native import NativeImageProcessor
 from laver_mcore.data.pixel_settings import smart_resize
 
-# Bounds in normalised units (8-bit steps are 0.007 to 0.018): mean over an image, and largest of any pixel.
+# How far resized pixels may be from Pillow's, in 8-bit steps: mean over all pictures, and largest of any pixel.
 BOUNDS = {
-    "pillow": (1e-6, 1e-5),
-    "torch_uint8": (0.0002, 0.04),
-    "dali": (0.004, 0.15),
-    "dali_two_pass": (0.0005, 0.06),
+    "pillow": (0, 0),  # the reference itself
+    # Each of the two passes rounds its weights, and then the pixel, in its own way: one pixel of a hundred, one step a
+    # pass.
+    "torch_uint8": (0.01, 2),
+    # No rounding between the passes: it would have changed a fifth of the pixels, and noise of a thin picture more.
+    "dali": (0.25, 6),
+    # Rounds in between as Pillow does; what is left are weights, which are not fixed-point numbers.
+    "dali_two_pass": (0.03, 4),
 }
+
+
+def in_steps(difference, settings):
+    """Normalised pixels' difference in 8-bit steps, which are whole numbers but for fp32 rounding."""
+    std = torch.tensor(settings.std).reshape(3, *[1] * (difference.ndim - 2))
+    if difference.ndim == 2:  # native: every row a patch, channel by channel
+        difference, std = difference.reshape(len(difference), 3, -1), std.reshape(3, 1)
+    steps = difference.abs() * std / settings.scale
+    assert (steps - steps.round()).abs().max() < 1e-3
+    return steps.round()
 
 
 def wanted(name, data):
@@ -52,10 +66,10 @@ def test_pixels_agree_with_hugging_face(backend, processor):
     assert failures == {}
     expected = torch.cat([reference_pixels(name, data) for data in pictures.values()])
     assert pixels.shape == expected.shape
-    error = (pixels - expected).abs()
+    steps = in_steps(pixels - expected, ours.settings)
     mean, largest = BOUNDS[backend]
-    assert error.mean() < mean
-    assert error.max() < largest
+    assert steps.mean() <= mean
+    assert steps.max() <= largest
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -112,6 +112,6 @@ def test_rows_of_8k_are_filled_to_97_percent():
 
 def test_packing_half_a_million_samples_takes_seconds():
     lengths = llava_like_lengths(100_000)
-    started = time.perf_counter()
+    started = time.process_time()  # of this process: what else runs on the machine does not count
     RowOrder(lengths, seq_length=8192, seed=0).row(0)
-    assert time.perf_counter() - started < 10  # about 1 s; 558,000 samples take about 5
+    assert time.process_time() - started < 10  # about 1 s; 558,000 samples take about 5
