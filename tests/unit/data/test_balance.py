@@ -157,9 +157,10 @@ def test_neighbours_are_alike(run):
 def test_neighbours_change_places_at_random():
     """Every row is in any place equally often."""
     orders = np.array([neighbours_alike(np.arange(512), "test", seed) for seed in range(2000)])
-    assert abs(np.mean(orders[:, [0, 1, 300, 511]], axis=0) - 255.5).max() < 16
+    # Four standard deviations: 512 / sqrt(12) of one place, over 2,000 draws.
+    assert abs(np.mean(orders[:, [0, 1, 300, 511]], axis=0) - 255.5).max() < 13.2
     rises = np.mean(np.diff(orders, axis=1) > 0)
-    assert abs(rises - 0.5) < 0.02
+    assert abs(rises - 0.5) < 0.002  # four again: each of 511 pairs of neighbours is one coin
 
 
 def test_samples_of_one_kind_do_not_stand_together():
@@ -192,7 +193,8 @@ def test_ranks_with_a_best_answer_near_by():
             for half in itertools.combinations(range(6), 3)
         )
         ranks = assign_rows(costs, dp_size=2, micro_batch_size=1)
-        assert max(sum(costs[row] for (row,) in rank) for rank in ranks) <= 1.07 * best
+        # Longest processing time guarantees 7/6 on two ranks (Graham 1969); on these costs it comes to 1.03.
+        assert max(sum(costs[row] for (row,) in rank) for rank in ranks) <= 1.03 * best
 
 
 @pytest.mark.parametrize("num_shares", [1, 2, 4, 8])
