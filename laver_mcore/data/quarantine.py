@@ -50,8 +50,9 @@ class Quarantine:
 
     def check(self) -> None:
         """DataError when too many have failed."""
-        if len(self._failed) > max(_GRACE, self._share * self._num_seen):
-            raise DataError(self._too_many(self._last, len(self._failed), self._num_seen))
+        num_failed = len(self._failed)
+        if num_failed > _GRACE and num_failed > self._share * self._num_seen:
+            raise DataError(self._too_many(self._last, num_failed, self._num_seen))
 
     def saw(self, num_samples: int) -> None:
         """Count samples that the ranks of the run have read, good or bad."""
