@@ -21,7 +21,7 @@ from laver_mcore.engine import Engine
 from laver_mcore.metrics import Metrics
 from laver_mcore.profiling import Profiler
 from laver_mcore.schedules import Knobs
-from laver_mcore.step import LOSSES, StepResult, check_teacher_moved, train_step
+from laver_mcore.step import MEASURED, StepResult, check_teacher_moved, train_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,9 @@ def _after(state: RunState, result: StepResult, knobs: Knobs, engine: Engine) ->
         result.applied & (result.grad_norm > 0.0) & (knobs.learning_rate > 0.0)
     )
     distance = state.teacher_distance
-    if result.teacher_distance is not None:
-        distance = float(result.teacher_distance)  # waits for the device, only when the teacher moves
+    # Waits for the device, but only when it is the teacher's turn; in a skipped step it did not move.
+    if result.teacher_distance is not None and bool(result.applied):
+        distance = float(result.teacher_distance)
         teacher_trains = engine.teacher is not None and engine.teacher.trains
         check_teacher_moved(distance, knobs, bool(moved) and teacher_trains)
         moved = False
@@ -67,25 +68,18 @@ def metrics_row(state: RunState, result: StepResult, knobs: Knobs, engine: Engin
     """Losses and knobs of one iteration; quantities that do not exist in this run are null."""
     laver = engine.config.laver
     counts = dict(zip(COUNTS, result.counts.tolist(), strict=True))
-    losses: dict[str, float | None] = dict.fromkeys(LOSSES)
+    losses: dict[str, float | None] = dict.fromkeys(MEASURED)
     if result.losses is not None:
-        losses = dict(zip(LOSSES, result.losses.tolist(), strict=True))
-    total = None
-    if losses["lm_loss"] is not None:
-        assert losses["mim_loss"] is not None
-        assert losses["gram_loss"] is not None
-        total = losses["lm_loss"]
-        if laver.laver:
-            total += laver.lambda_laver * losses["mim_loss"] + laver.lambda_gram * losses["gram_loss"]
+        losses = dict(zip(MEASURED, result.losses.tolist(), strict=True))
     on = laver.laver
     return {
         "iteration": state.progress.iteration,
-        "loss": total,
+        "loss": losses["loss"],
         "lm_loss": losses["lm_loss"],
         "mim_loss": losses["mim_loss"] if on else None,
         "gram_loss": losses["gram_loss"] if on and laver.gram != "off" else None,
         "grad_norm": float(result.grad_norm),
-        "learning_rate": knobs.learning_rate,
+        "learning_rate": float(result.learning_rate),
         "mask_ratio": knobs.mask_ratio if on else None,
         "momentum": knobs.momentum if on else None,
         "teacher_distance": state.teacher_distance if on else None,

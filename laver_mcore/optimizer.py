@@ -15,6 +15,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from laver_mcore.config.schema import Config
 from laver_mcore.model.weight_shards import Bucket
+from laver_mcore.parallel import Topology
 
 
 def build_optimizer(config: Config, models: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -39,10 +40,28 @@ def build_optimizer(config: Config, models: list[DistributedDataParallel]) -> Me
     return optimizer
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
-    """Give every parameter group the learning rate of this step."""
+def set_rates(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: float) -> None:
+    """Give every parameter group the learning rate and weight decay of this step.
+
+    Megatron marks groups without decay (biases and norms) by a multiplier, and leaves it to its own scheduler to
+    multiply.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def used_learning_rate(optimizer: MegatronOptimizer, topology: Topology) -> torch.Tensor:
+    """The rate that the optimizer works with, read back from its groups without their multipliers, fp64 scalar.
+
+    The same on every rank of the model: on a pipeline stage where nothing trains there is no group to read.
+    """
+    groups = [group for part in _working_parts(optimizer) for group in part.optimizer.param_groups]
+    rates = [group["lr"] / group.get("lr_mult", 1.0) for group in groups]
+    rate = torch.full((), max(rates, default=0.0), dtype=torch.float64, device=topology.device)
+    if topology.pp_size > 1:
+        dist.all_reduce(rate, op=dist.ReduceOp.MAX, group=topology.pp_group)
+    return rate
 
 
 def apply_gradients(optimizer: MegatronOptimizer) -> tuple[torch.Tensor, torch.Tensor]:

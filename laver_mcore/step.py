@@ -27,12 +27,14 @@ from laver_mcore.objectives.gram import gram_sum
 from laver_mcore.objectives.latent import latent_sum
 from laver_mcore.objectives.next_token import next_token_sum
 from laver_mcore.objectives.similarity import similarity_sum
-from laver_mcore.optimizer import apply_gradients, master_shard, set_learning_rate
+from laver_mcore.optimizer import apply_gradients, master_shard, set_rates, used_learning_rate
 from laver_mcore.pipeline import run_pipeline
 from laver_mcore.schedules import Knobs
 
 UNTIMED = Timers(enabled=False)
 LOSSES = ("lm_loss", "mim_loss", "gram_loss", "visual_similarity")
+MEASURED = ("loss", *LOSSES)
+"""What a step sums up; `loss` is what was differentiated."""
 
 MIN_EXPECTED_MOVE = 1e-4
 """Below this `1 - momentum` a teacher may stand still by rounding alone."""
@@ -43,9 +45,11 @@ class StepResult:
     """What one step measured. Tensors stay on the device until somebody writes them down."""
 
     losses: torch.Tensor | None
-    """[4] `LOSSES`, already divided by their global counts; None on ranks that do not compute losses."""
+    """[5] `MEASURED`, already divided by their global counts; None on ranks that do not compute losses."""
     counts: torch.Tensor
     """`COUNTS` over all micro-batches and data-parallel ranks."""
+    learning_rate: torch.Tensor
+    """The rate that the optimizer used, fp64 scalar."""
     grad_norm: torch.Tensor
     applied: torch.Tensor
     """Whether the weights were changed, bool scalar."""
@@ -75,12 +79,15 @@ class _TargetSum:
         self._sums[:-1] += teacher_NK.float().sum(0)
         self._sums[-1] += len(teacher_NK)
 
-    def move_center(self, engine: Engine) -> None:
-        """c <- m c + (1 - m) mean(targets), the mean over all visual tokens of the step on all ranks."""
+    def move_center(self, engine: Engine, applied: torch.Tensor) -> None:
+        """c <- m c + (1 - m) mean(targets), the mean over all visual tokens of the step on all ranks.
+
+        The centre of a step that is not `applied`, or that has no visual token, stays: its targets may not be finite.
+        """
         dist.all_reduce(self._sums, group=engine.topology.dp_group)
         count = self._sums[-1]
-        weight = (1.0 - engine.config.laver.center_momentum) * (count > 0)
-        engine.center_K.lerp_(self._sums[:-1] / count.clamp(min=1), weight)
+        mean_K = torch.where(applied & (count > 0), self._sums[:-1] / count, engine.center_K)
+        engine.center_K.lerp_(mean_K, 1.0 - engine.config.laver.center_momentum)
 
 
 def draw_masks(batch: Batch, engine: Engine, knobs: Knobs) -> np.ndarray | None:
@@ -183,7 +190,8 @@ def train_step(
         lm, mim, gram, similarity = (total / divisor for total, divisor in zip(sums, divisors, strict=True))
         loss = lm + laver.lambda_laver * mim + laver.lambda_gram * gram
         # Megatron would divide by the second value; the losses are divided already.
-        return loss, torch.zeros((), dtype=torch.int32), torch.stack([lm, mim, gram, similarity]).detach()
+        measured = torch.stack([loss, lm, mim, gram, similarity]).detach()
+        return loss, torch.zeros((), dtype=torch.int32), measured
 
     def forward_step(data: Iterator[_MicroBatch], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
         item = next(data)
@@ -192,7 +200,7 @@ def train_step(
     for model in engine.models:
         model.zero_grad_buffer()
     engine.optimizer.zero_grad()
-    set_learning_rate(engine.optimizer, knobs.learning_rate)
+    set_rates(engine.optimizer, knobs.learning_rate, engine.config.optimizer.weight_decay)
     # Between stages the teacher's rows travel behind the student's.
     travelling = [a + b for a, b in zip(rows, teachers, strict=True)]
     with timers.part("student"):
@@ -200,10 +208,11 @@ def train_step(
     with timers.part("optimizer"):
         grad_norm, applied = apply_gradients(engine.optimizer)
     with timers.part("ema"):
-        teacher_distance = _move_teacher(engine, targets, knobs)
+        teacher_distance = _move_teacher(engine, targets, knobs, applied)
     return StepResult(
         losses=_reduce_losses(collected, engine),
         counts=counts,
+        learning_rate=used_learning_rate(engine.optimizer, engine.topology),
         grad_norm=grad_norm,
         applied=applied,
         teacher_distance=teacher_distance,
@@ -219,15 +228,19 @@ def _reduce_losses(collected: list[torch.Tensor], engine: Engine) -> torch.Tenso
 
 
 @torch.no_grad()
-def _move_teacher(engine: Engine, targets: _TargetSum | None, knobs: Knobs) -> torch.Tensor | None:
+def _move_teacher(
+    engine: Engine, targets: _TargetSum | None, knobs: Knobs, applied: torch.Tensor
+) -> torch.Tensor | None:
+    """Centre and averages after a step; a step that was not `applied` moves neither."""
     teacher = engine.teacher
     if teacher is None:
         return None
     if targets is not None and engine.topology.on_last_stage:
-        targets.move_center(engine)
+        targets.move_center(engine, applied)
     if not knobs.update_teacher:
         return None
-    return teacher.update(master_shard, knobs.momentum)
+    # Momentum 1 keeps an average as it is. The device decides: the host does not know yet whether the step was applied.
+    return teacher.update(master_shard, 1.0 - (1.0 - knobs.momentum) * applied.double())
 
 
 def check_teacher_moved(distance: float, knobs: Knobs, student_moved: bool) -> None:

@@ -104,9 +104,10 @@ class Teacher:
                 parameter.data = student
 
     @torch.no_grad()
-    def update(self, master_shard: MasterShard, momentum: float) -> torch.Tensor:
+    def update(self, master_shard: MasterShard, momentum: float | torch.Tensor) -> torch.Tensor:
         """Move towards the fp32 masters by `1 - momentum`; returns the length of the move over the whole model.
 
+        `momentum` may be a scalar tensor on the device, for a host that does not wait for it.
         Source: LaVer (arXiv 2512.06281), section 3.2. All ranks take part.
         """
         squares = torch.zeros((), dtype=torch.float64, device=self._topology.device)

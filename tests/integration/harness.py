@@ -21,6 +21,10 @@ class Scenario:
     name: str
     argv: tuple[str, ...]
     may_fail: bool = False
+    spoiled: int | None = None
+    """Iteration (from 0) whose pixels are made infinite, so that it must be skipped."""
+    record: bool = False
+    """Keep every step's micro-batches in `batches.pt` (one rank only)."""
 
 
 def environment() -> dict[str, str]:
@@ -55,12 +59,15 @@ def run_scenarios(num_ranks: int, directory: Path, scenarios: Sequence[Scenario]
             "argv": [*s.argv, "--save", str(directory / s.name), "--no-tensorboard"],
             "may_fail": s.may_fail,
             "error": str(directory / f"{s.name}.error"),
+            "spoiled": s.spoiled,
+            "record": str(directory / s.name / "batches.pt") if s.record else None,
         }
         for s in scenarios
     ]
     path = directory / f"scenarios_{num_ranks}_{scenarios[0].name}.json"
     path.write_text(json.dumps(plan))
-    done = torchrun(num_ranks, "tests/integration/worker.py", str(path))
+    worker = ("tests/integration/worker.py", str(path))
+    done = torchrun(num_ranks, *worker) if num_ranks > 1 else python(*worker)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
 
 
@@ -78,9 +85,10 @@ def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def read_checkpoint(run: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """Whole tensors of a run's newest checkpoint whose key starts with `prefix`, read without Megatron."""
-    iteration = int((run / "latest_checkpointed_iteration.txt").read_text())
+def read_checkpoint(run: Path, prefix: str, iteration: int | None = None) -> dict[str, torch.Tensor]:
+    """Whole tensors of a run's newest (or this) checkpoint whose key starts with `prefix`, read without Megatron."""
+    if iteration is None:
+        iteration = int((run / "latest_checkpointed_iteration.txt").read_text())
     folder = run / f"iter_{iteration:07d}"
     reader = dcp.FileSystemReader(folder)
     metadata = reader.read_metadata().state_dict_metadata

@@ -7,9 +7,35 @@ import gc
 import json
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from laver_mcore.console import run_and_leave
+
+FIELDS = ("document_lengths", "image_grids", "image_keys", "tokens_T", "labels_T", "visual_rows_N", "pixels")
+
+
+class Step:
+    """`train_step` with one step's pixels made infinite, and what it was given kept."""
+
+    def __init__(self, train_step, scenario) -> None:
+        self._train_step, self._spoiled, self._record = train_step, scenario["spoiled"], scenario["record"]
+        self.batches = []
+
+    def __call__(self, engine, batches, knobs, *timers):
+        self.batches.append([{name: getattr(batch, name) for name in FIELDS} for batch in batches])
+        if knobs.iteration == self._spoiled:
+            batches = [
+                batch if batch.pixels is None else replace(batch, pixels=batch.pixels * float("inf"))
+                for batch in batches
+            ]
+        return self._train_step(engine, batches, knobs, *timers)
+
+    def save(self) -> None:
+        import torch
+
+        if self._record:
+            torch.save(self.batches, self._record)
 
 
 def main(argv: list[str]) -> int:
@@ -17,7 +43,7 @@ def main(argv: list[str]) -> int:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from laver_mcore import parallel
+    from laver_mcore import loop, parallel
     from laver_mcore.config.load import parse
     from laver_mcore.run import train_run
 
@@ -30,10 +56,13 @@ def main(argv: list[str]) -> int:
         parallel_state.destroy_model_parallel()
         gc.collect()
 
+    train_step = loop.train_step
     for scenario in json.loads(Path(argv[0]).read_text()):
         config, _ = parse(scenario["argv"])
+        loop.train_step = step = Step(train_step, scenario)
         try:
             train_run(config, device)
+            step.save()
         except Exception:
             if not scenario["may_fail"]:
                 raise

@@ -74,9 +74,9 @@ class EngineArm:
         return train_step(self._engine, self._batches[number % len(self._batches)], knobs)
 
     def losses(self, result: Any) -> Losses:
-        from laver_mcore.step import LOSSES
+        from laver_mcore.step import MEASURED
 
-        found = dict(zip(LOSSES, result.losses.tolist(), strict=True))
+        found = dict(zip(MEASURED, result.losses.tolist(), strict=True))
         return Losses(
             lm=found["lm_loss"],
             mim=found["mim_loss"] if self._laver else None,

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "exit_signal": (),
     "objectives": ("data.device_copy", "model.laver", "laver_kernels"),
-    "optimizer": ("config", "model.weight_shards"),
+    "optimizer": ("config", "model.weight_shards", "parallel"),
     "engine": ("config", "model", "parallel"),
     "pipeline": ("engine",),
     "accounting": ("config", "schedules"),
