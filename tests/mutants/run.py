@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_list import Fault, FaultListError, check_faults, read_faults, short_list
-from job import PRELOADED
+from job import PRELOADED, STRAY
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -34,11 +34,12 @@ LEFT_OUT = {".git", ".venv", "data", "runs", "build", "dist"}
 CACHES = shutil.ignore_patterns("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", "*.egg-info")
 SHORT = 20
 
-REASONS = {
-    None: "took too long",
-    2: "could not be collected",
-    4: "pytest did not understand its arguments",
-    5: "ran no test",
+REASONS: dict[int | None, str] = {
+    None: "take too long",
+    2: "cannot be collected",
+    4: "have arguments that pytest does not understand",
+    5: "are none",
+    STRAY: "import the project from elsewhere",
 }
 
 
@@ -58,16 +59,18 @@ class Job:
 
     def __init__(self, tree: Path, copy: Path, preloaded: str) -> None:
         copy_tree(tree, copy)
+        self.log = copy.with_name(copy.name + ".log")
+        """Output of the tests that ran last."""
         command = [sys.executable, str(HERE / "job.py"), str(copy), preloaded]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, tests: str, fault: Fault | None, log: Path, timeout: float) -> dict[str, Any]:
+    def run(self, tests: str, fault: Fault | None, timeout: float) -> dict[str, Any]:
         """Exit status, number of tests passed and seconds; see `job.run_forked`."""
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {
             "arguments": shlex.split(tests),
             "fault": fault.as_json() if fault is not None else None,
-            "log": str(log),
+            "log": str(self.log),
             "timeout": timeout,
         }
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -119,8 +122,13 @@ def in_parallel(jobs: Sequence[Job], items: Iterable[Any], work: Callable[[Job, 
             raise
 
 
-def _reason(answer: dict[str, Any], log: Path) -> str:
-    return f"{REASONS.get(answer['code'], 'exit status ' + str(answer['code']))}, see {log}"
+def _end(answer: dict[str, Any], known: dict[int | None, str]) -> str:
+    return known.get(answer["code"], f"end with status {answer['code']}")
+
+
+def _kept(log: Path, place: Path) -> Path:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copyfile(log, place))
 
 
 def check_tests(jobs: Sequence[Job], faults: Sequence[Fault], logs: Path, timeout: float) -> dict[str, Any]:
@@ -131,16 +139,12 @@ def check_tests(jobs: Sequence[Job], faults: Sequence[Fault], logs: Path, timeou
 
     def work(job: Job, tests: str) -> tuple[str, tuple[float, str]]:
         log = logs / f"unchanged-{selections.index(tests)}.log"
-        answer = job.run(tests, None, log, timeout)
+        answer = job.run(tests, None, timeout)
         good = answer["code"] == 0 and answer["passed"] > 0
         why = ""
-        if good:
-            log.unlink()
-        elif answer["code"] == 0:
-            why = f"without the fault, all of its tests are skipped, see {log}"
-        else:
-            end = "fail" if answer["code"] == 1 else _reason(answer, log)
-            why = f"without the fault, its tests: {end}, see {log}"
+        if not good:
+            ends = REASONS | {0: "are all skipped", 1: "fail"}
+            why = f"without the fault, its tests: {_end(answer, ends)}, see {_kept(job.log, log)}"
         print(f"{'passes' if good else 'USELESS':9}{answer['seconds']:7.1f} s  {tests}", flush=True)
         return tests, (answer["seconds"], why)
 
@@ -159,12 +163,13 @@ def plant(
             found = Verdict(fault=fault, verdict="broken", seconds=0.0, why=why)
         else:
             log = logs / f"{fault.area}-{fault.line}.log"
-            answer = job.run(fault.tests, fault, log, timeout)
+            answer = job.run(fault.tests, fault, timeout)
             verdict = {0: "survived", 1: "caught"}.get(answer["code"], "broken")
-            why = {"caught": "", "survived": f"see {log}", "broken": _reason(answer, log)}[verdict]
+            why = ""
+            if verdict != "caught":
+                end = f"its tests {_end(answer, REASONS)}, " if verdict == "broken" else ""
+                why = f"{end}see {_kept(job.log, log)}"
             found = Verdict(fault=fault, verdict=verdict, seconds=answer["seconds"], why=why)
-            if verdict == "caught":
-                log.unlink()
         shown = found.verdict if found.verdict == "caught" else found.verdict.upper()
         counted = f"[{number:3}/{len(in_order)}]"
         print(f"{counted} {shown:9}{found.seconds:7.1f} s  {fault.name}  {found.why}".rstrip(), flush=True)
@@ -238,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     logs = args.output.parent / "logs"
     shutil.rmtree(logs, ignore_errors=True)
-    logs.mkdir(parents=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
         tree, count = args.tree.resolve(), min(args.jobs, len(faults))
         copies = [Path(scratch).resolve() / f"job_{number}" for number in range(count)]

@@ -66,10 +66,10 @@ TOYS = {
     "digit of the same size": ("4 *", "5 *", "-k process", "caught", ""),
     "its test looks at zero alone": ("4 *", "5 *", "-k nothing", "survived", ""),
     "another test looks": ("4 *", "5 *", "-k add", "survived", ""),
-    "no import": ("def add", "1 / 0\ndef add", "-k add", "broken", "could not be collected"),
+    "no import": ("def add", "1 / 0\ndef add", "-k add", "broken", "cannot be collected"),
     "test skipped": ("a + b", "a - b", "-k skipped", "broken", "skipped"),
     "test fails anyway": ("a + b", "a - b", "-k start", "broken", "without the fault"),
-    "no such test": ("a + b", "a - b", "-k nonsense", "broken", "ran no test"),
+    "no such test": ("a + b", "a - b", "-k nonsense", "broken", "are none"),
 }
 
 
