@@ -216,3 +216,19 @@ def test_image_shares_are_contiguous_and_their_largest_is_smallest(num_shares, s
     )
     if best is not None:
         assert max(sum(tokens[a:b]) for a, b in shares) == best
+
+
+@pytest.mark.parametrize(
+    ("grids", "num_shares", "expected"),
+    [
+        ([(1, 2), (1, 1), (1, 1)], 2, [(0, 1), (1, 3)]),
+        ([(1, 1), (1, 1), (2, 1)], 2, [(0, 2), (2, 3)]),
+        ([(2, 2)] * 6, 3, [(0, 2), (2, 4), (4, 6)]),
+        ([(3, 3), (1, 1), (2, 4)], 2, [(0, 1), (1, 3)]),
+        ([(2, 5)], 3, [(0, 1), (1, 1), (1, 1)]),
+        ([], 2, [(0, 0), (0, 0)]),
+    ],
+    ids=["largest first", "largest last", "equal", "by tokens, not by images", "one image", "no image"],
+)
+def test_image_shares_that_come_out_even(grids, num_shares, expected):
+    assert image_shares(grids, num_shares) == expected
