@@ -67,7 +67,8 @@ def run_scenarios(num_ranks: int, directory: Path, scenarios: Sequence[Scenario]
     path = directory / f"scenarios_{num_ranks}_{scenarios[0].name}.json"
     path.write_text(json.dumps(plan))
     worker = ("tests/integration/worker.py", str(path))
-    done = torchrun(num_ranks, *worker) if num_ranks > 1 else python(*worker)
+    timeout = 240 + 20 * len(scenarios)  # many runs in one launch, on machines that do other things as well
+    done = torchrun(num_ranks, *worker, timeout=timeout) if num_ranks > 1 else python(*worker, timeout=timeout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
 
 
