@@ -35,7 +35,7 @@ SYSTEM_SITE_PACKAGES ?=
 LINTED := .
 SHELL_SCRIPTS := .ci/run $(wildcard examples/*/*.sh examples/*/*.sbatch)
 
-.PHONY: help setup setup-data demo test mutants mutants-short lint format typecheck shellcheck aot bench bench-training gpu-test clean
+.PHONY: help setup setup-data demo test test-fast test-all mutants mutants-short lint format typecheck shellcheck aot bench bench-training gpu-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -50,8 +50,16 @@ demo: setup ## prepare the data, train three stages, evaluate, write runs/demo/r
 	@$(BIN)/python tools/run_demo.py $(DEMO_ARGS)
 
 # Two workers, a whole file each: the files that start process groups wait for each other's ranks most of the time.
-test: setup ## the tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test: setup ## the tests; what did not run, and why, stands at the end
+	@$(PYTEST) $(TEST_ARGS)
+
+test-fast: setup ## those that answer within two minutes: no process groups, nothing slow
+	@$(PYTEST) -q --ignore tests/integration --ignore tests/gpu -m 'not slow' $(TEST_ARGS)
+
+test-all: setup-data $(STAMPS)/test-all ## the tests, with every library that some of them need
+	@$(PYTEST) $(TEST_ARGS)
 
 # With the data libraries, since some faults are noticed by tests that need them.
 mutants: setup-data ## plant faults in the code, one at a time: the tests must notice every one
@@ -130,6 +138,11 @@ $(STAMPS)/requirements: $(STAMPS)/torch requirements/base.txt requirements/dev.t
 $(STAMPS)/installed: $(STAMPS)/requirements setup.py pyproject.toml kernels/pyproject.toml
 	@echo "setup: laver_kernels and laver_mcore, editable"
 	@$(PIP) install --no-deps --no-build-isolation --editable kernels --editable .
+	@touch $@
+
+$(STAMPS)/test-all: $(STAMPS)/data requirements/test-all.txt
+	@echo "setup: lmms-eval and Energon"
+	@$(PIP) install --no-deps --requirement requirements/test-all.txt
 	@touch $@
 
 $(STAMPS)/data: $(STAMPS)/requirements requirements/data.txt
