@@ -113,6 +113,12 @@ def test_examples_with_costs(lengths, costs, capacity, expected):
     assert sorted(pack(lengths, capacity, costs=np.array(costs))) == expected
 
 
+def test_every_window_is_evened_out_by_its_own_costs():
+    costs = np.array([0, 0, 9, 9, 9, 0, 9, 0])
+    bins = pack([5] * 8, 10, window=4, costs=costs)
+    assert sorted(bins) == [[0, 2], [1, 3], [4, 5], [6, 7]]
+
+
 def test_rows_are_nearly_full():
     lengths = np.random.default_rng(0).integers(50, 900, 5000)
     bins = pack(lengths, 2048)
