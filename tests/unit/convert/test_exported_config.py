@@ -121,7 +121,7 @@ def recipe(untied=True, tower=None, **laver):
     vision = VisionConfig(vision="encoder-free", image_size=48, patch_size=12, connector_hidden_size=40)
     if tower is not None:
         vision = VisionConfig(vision="siglip", vision_path=str(tower), vision_layer=-2)
-    shape = model(untied, mrope_section=(1, 3, 1))
+    shape = model(untied, mrope_section=(0, 2, 3))
     return Config(model=shape, vision=vision, laver=LaverConfig(**laver))
 
 
@@ -146,7 +146,7 @@ def test_model_config(tied, rope_2d, mixed):
         "connector_hidden_size": 40,
         "image_grid": [4, 4],
         "image_token_id": 5,
-        "mrope_section": [1, 3, 1],
+        "mrope_section": [0, 2, 3],
         "rope_2d": rope_2d,
         "mixed_attention": mixed,
     }

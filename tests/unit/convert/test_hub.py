@@ -11,7 +11,7 @@ from sample_run import WORDS, write_tokenizer
 
 from laver_mcore.convert.hub.modeling_laver import LaverRotaryEmbedding, lay_out, mixed_mask
 from laver_mcore.convert.hub.processing_laver import LaverImageProcessor, to_rgb
-from laver_mcore.convert.tokenizer_export import chat_template, export_tokenizer
+from laver_mcore.convert.tokenizer_export import chat_template, export_tokenizer, fast_tokenizer
 
 PAD = 9
 """Id of the visual token."""
@@ -141,3 +141,17 @@ def test_exported_tokenizer_is_sentencepieces(tmp_path, text):
     named = (exported.eos_token_id, exported.pad_token_id, exported.padding_side)
     # An answer ends at <|im_end|>; the model has no piece for padding, so that its own end of text stands for it.
     assert named == (model.piece_to_id("<|im_end|>"), model.eos_id(), "left")
+
+
+def test_exported_merges_come_in_sentencepieces_order(tmp_path):
+    """Words of four letters in any order have many ways to be merged, of which the first in the order counts."""
+    draw = np.random.default_rng(0)
+
+    def words(count):
+        return ["".join(draw.choice(list("abcd"), draw.integers(3, 9))) for _ in range(count)]
+
+    source = tmp_path / "tokenizer.model"
+    write_tokenizer(source, [" ".join(words(8)) for _ in range(200)])
+    model, exported = sentencepiece.SentencePieceProcessor(model_file=str(source)), fast_tokenizer(source)
+    for text in words(200):
+        assert exported.encode(text).ids == model.encode(text), text

@@ -87,7 +87,7 @@ DIGITS = {
     "too_short": (["4 7 1"], ["4"], 1, 3),
     "too_long": (["4"], ["4 7 1"], 1, 1),
     "digits_and_not_answers_weigh_the_same": (["4", "1 2 3"], ["4", "9 9 9"], 1, 4),
-    "photographs_do_not_count": (["4", "a cat"], ["4", "a cat"], 1, 1),
+    "photographs_do_not_count": (["4", "a cat"], ["4", "a dog"], 1, 1),
     "words_for_a_digit": (["4"], ["a cat"], 0, 1),
 }
 

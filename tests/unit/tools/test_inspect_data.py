@@ -22,8 +22,9 @@ def tool():
     return module
 
 
-def test_masked_tokens_are_red_and_others_are_not(tool):
-    mask = np.array([True, False, False, False, False, True])
+@pytest.mark.parametrize("masked", [(0, 5), (1,), (2, 3)], ids=str)
+def test_masked_tokens_are_red_and_others_are_not(tool, masked):
+    mask = np.isin(np.arange(6), masked)
     picture = np.asarray(tool.draw_picture(Image.new("RGB", (60, 40), "blue"), (2, 3), mask, longest=60))
     centres = picture[[10, 10, 10, 30, 30, 30], [10, 30, 50, 10, 30, 50]]
     assert (centres[:, 0] > 100).tolist() == mask.tolist()
