@@ -1,5 +1,6 @@
 """Launch real process groups on CPU and read what their runs wrote."""
 
+import functools
 import json
 import os
 import subprocess
@@ -68,7 +69,8 @@ def run_scenarios(num_ranks: int, directory: Path, scenarios: Sequence[Scenario]
     path.write_text(json.dumps(plan))
     worker = ("tests/integration/worker.py", str(path))
     timeout = 240 + 20 * len(scenarios)  # many runs in one launch, on machines that do other things as well
-    done = torchrun(num_ranks, *worker, timeout=timeout) if num_ranks > 1 else python(*worker, timeout=timeout)
+    start = functools.partial(torchrun, num_ranks) if num_ranks > 1 else python
+    done = start(*worker, timeout=timeout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
 
 
