@@ -124,13 +124,11 @@ def scenario(folder, name: str, settings: laver.Settings, extra: str, **options)
 
 
 def launch_recorded(folder, variants: dict[str, Variant], spoiled: int | None):
-    """Each of these recipes in one process, and its starting weights."""
-    scenarios = []
-    for name, variant in variants.items():
-        start = f"{variant.flags} --lr 0 --min-lr 0 --exit-interval 1"
-        scenarios.append(scenario(folder, f"start-{name}", variant.settings, start))
-        run = scenario(folder, name, variant.settings, variant.flags, spoiled=spoiled, record=True)
-        scenarios.append(run)
+    """Each of these recipes in one process, recorded: its starting weights and its batches."""
+    scenarios = [
+        scenario(folder, name, variant.settings, variant.flags, spoiled=spoiled, record=True)
+        for name, variant in variants.items()
+    ]
     run_scenarios(1, folder, scenarios)
     return folder
 
@@ -140,20 +138,25 @@ def one_process(folder):
     return launch_recorded(folder, {"one_process": Variant(WHOLE, DATA)}, SPOILED)
 
 
+def asked_for(request, parameter: str) -> set[str]:
+    """The values of a test parameter in this session: only their runs are trained."""
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    return {params[parameter] for params in calls if parameter in params}
+
+
 @pytest.fixture(scope="module")
 def variants(folder, request):
-    """The runs of the variants that are asked for."""
-    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    wanted = {params["variant"] for params in calls if "variant" in params}
+    wanted = asked_for(request, "variant")
     return launch_recorded(folder, {name: VARIANTS[name] for name in VARIANTS if name in wanted}, None)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder):
+def two_ranks(folder, request):
+    wanted = asked_for(request, "layout")
     scenarios = [
         scenario(folder, name, WHOLE, f"{DATA} {extra}", spoiled=SPOILED)
         for name, (ranks, extra) in LAYOUTS.items()
-        if ranks == 2
+        if ranks == 2 and name in wanted
     ]
     run_scenarios(2, folder, scenarios)
     return folder
@@ -178,7 +181,7 @@ def micro_batches(folder, name: str) -> list[list[laver.MicroBatch]]:
     ]
 
 
-def model_weights(run, iteration: int | None = None) -> dict[str, torch.Tensor]:
+def model_weights(run, iteration: int) -> dict[str, torch.Tensor]:
     return {
         name: tensor
         for name, tensor in read_checkpoint(run, "", iteration).items()
@@ -195,7 +198,7 @@ def follow(folder, name: str, variant: Variant, spoiled: int | None):
             num_tokens, ratio, strategy=variant.draw, seed=SEED, key=key, step=iteration, image_index=image
         )
 
-    state = laver.start(model_weights(folder / f"start-{name}"), settings)
+    state = laver.start(model_weights(folder / name / "start", 0), settings)
     beginning, course = state.weights.copy(), []
     for iteration, batches in enumerate(micro_batches(folder, name)):
         if iteration == spoiled:

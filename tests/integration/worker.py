@@ -16,13 +16,18 @@ FIELDS = ("document_lengths", "image_grids", "image_keys", "tokens_T", "labels_T
 
 
 class Step:
-    """`train_step` with one step's pixels made infinite, and what it was given kept."""
+    """`train_step` with one step's pixels made infinite, and what it was given kept: weights at first, batches."""
 
     def __init__(self, train_step, scenario) -> None:
         self._train_step, self._spoiled, self._record = train_step, scenario["spoiled"], scenario["record"]
         self.batches = []
 
     def __call__(self, engine, batches, knobs, *timers):
+        from laver_mcore import checkpoint
+        from laver_mcore.checkpoint import Progress
+
+        if self._record and not self.batches:
+            checkpoint.save(engine, Path(self._record).parent / "start", Progress(), "")
         self.batches.append([{name: getattr(batch, name) for name in FIELDS} for batch in batches])
         if knobs.iteration == self._spoiled:
             batches = [
