@@ -1,10 +1,18 @@
-"""One recipe, every parallel layout: the same losses, gradients and teacher; and exact resumption."""
+"""One recipe, every parallel layout: the same losses, gradients, weights and teacher; and exact resumption."""
 
 import math
 
 import pytest
 
-from integration.conftest import FIRST_HALF, LAYOUTS, SECOND_HALF, VARIANT_LAYOUTS, VARIANTS
+from integration.conftest import (
+    FIRST_HALF,
+    LAYOUTS,
+    SECOND_HALF,
+    VARIANT_LAYOUTS,
+    VARIANTS,
+    needs,
+    with_what_they_continue,
+)
 from integration.harness import read_checkpoint, read_metrics
 
 QUANTITIES = (
@@ -16,52 +24,90 @@ QUANTITIES = (
     "teacher_distance",
     "visual_similarity",
 )
+OTHERS = [pytest.param(name, marks=needs(name, "tp1")) for name in LAYOUTS if name != "tp1"]
+
+# fp32 rounds by 6e-8. A loss or a gradient is a sum of thousands of terms that round independently, and layouts add
+# them in another order: up to 4e-7 of a value was seen in the first two steps. From step to step that grows (2e-6 in
+# the fifth), since student and teacher are divided by temperatures of 0.1 and 0.04.
+FIRST_STEPS, LATER_STEPS = 1e-6, 1e-5
+NOTHING = 1e-7
+"""Absolute: a Gram loss of student and teacher that differ by rounding alone is 1e-14."""
 
 
-def assert_same_curves(got, wanted, tolerance=1e-4):
+def assert_same_curves(got, wanted):
     assert len(got) == len(wanted) > 0
     for a, b in zip(got, wanted, strict=True):
+        tolerance = FIRST_STEPS if b["iteration"] <= 2 else LATER_STEPS
         for name in QUANTITIES:
             if b[name] is None:
                 assert a[name] is None, name
             else:
-                assert math.isclose(a[name], b[name], rel_tol=tolerance, abs_tol=1e-7), (name, a, b)
+                assert math.isclose(a[name], b[name], rel_tol=tolerance, abs_tol=NOTHING), (name, a, b)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
+def assert_same_tensors(got, wanted, tolerance):
+    """Each within `tolerance` of its own length; of one that is rounding alone, within that of all of them."""
+    assert set(got) == set(wanted)
+    # The padding of the vocabulary depends on the layout.
+    cut = {name: slice(None, 96) if "word_embeddings" in name else slice(None) for name in wanted}
+    wanted = {name: tensor[cut[name]].double() for name, tensor in wanted.items()}
+    floor = 1e-4 * math.sqrt(sum(float(tensor.square().sum()) for tensor in wanted.values()))
+    for name, reference in wanted.items():
+        error = (got[name][cut[name]].double() - reference).norm() / max(float(reference.norm()), floor)
+        assert error < tolerance, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("layout", OTHERS)
 def test_layout_trains_like_one_process(runs, layout):
     assert_same_curves(read_metrics(runs / layout), read_metrics(runs / "tp1"))
 
 
+@needs("tp1")
 def test_losses_are_not_trivial(runs):
-    """What the layouts agree on has every part of the method in it."""
-    last = read_metrics(runs / "tp1")[-1]
-    assert all(last[name] > 0 for name in QUANTITIES)
-    assert last["loss"] == pytest.approx(last["lm_loss"] + last["mim_loss"] + last["gram_loss"], rel=1e-6)
+    """What the layouts agree on has every part of the method in it, from the second step on."""
+    for row in read_metrics(runs / "tp1")[1:]:
+        assert all(row[name] > 0 for name in QUANTITIES)
+        assert row["loss"] == pytest.approx(row["lm_loss"] + row["mim_loss"] + row["gram_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
-def test_every_parameter_gets_the_same_gradients(runs, layout):
-    """Adam's first moment is linear in the gradients, so it shows one that a layout sums wrongly."""
+@pytest.mark.parametrize(("iteration", "tolerance"), [(1, FIRST_STEPS), (2, FIRST_STEPS), (5, LATER_STEPS)])
+@pytest.mark.parametrize("layout", OTHERS)
+def test_every_parameter_gets_the_same_gradients(runs, layout, iteration, tolerance):
+    """Adam's first moment is linear in the gradients, so it shows one that a layout sums wrongly.
+
+    It is the first step's gradient (of the language model alone, nothing is masked yet) after one step, and has all
+    losses in it after two.
+    """
     prefix = "optimizer.state.exp_avg."
-    wanted, got = read_checkpoint(runs / "tp1", prefix), read_checkpoint(runs / layout, prefix)
-    assert set(got) == set(wanted)
+    wanted, got = (read_checkpoint(runs / name, prefix, iteration) for name in ("tp1", layout))
     assert len(wanted) > 15
-    for name, reference in wanted.items():
-        tensor = got[name]
-        if "word_embeddings" in name:  # the padding of the vocabulary depends on the layout
-            tensor, reference = tensor[:96], reference[:96]
-        error = (tensor - reference).norm() / reference.norm().clamp(min=1e-12)
-        assert error < 1e-3, f"{name}: {error}"
+    assert_same_tensors(got, wanted, tolerance)
 
 
-@pytest.mark.parametrize("layout", VARIANT_LAYOUTS[1:])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", OTHERS)
+def test_second_moments_are_the_same(runs, layout):
+    prefix = "optimizer.state.exp_avg_sq."
+    wanted, got = (read_checkpoint(runs / name, prefix) for name in ("tp1", layout))
+    assert len(wanted) > 15
+    assert_same_tensors(got, wanted, LATER_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [
+        pytest.param(variant, layout, marks=needs(f"{variant}-{layout}", f"{variant}-tp1"))
+        for variant in VARIANTS
+        for layout in VARIANT_LAYOUTS[1:]
+    ],
+)
 def test_variant_trains_alike(runs, variant, layout):
     assert_same_curves(read_metrics(runs / f"{variant}-{layout}"), read_metrics(runs / f"{variant}-tp1"))
 
 
-@pytest.mark.parametrize("first", FIRST_HALF)
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(name, marks=needs(f"whole-{name}", f"resumed-{name}-{name}")) for name in FIRST_HALF],
+)
 def test_resume_is_bitwise(runs, first):
     whole, resumed = read_metrics(runs / f"whole-{first}"), read_metrics(runs / f"resumed-{first}-{first}")
     assert [row["iteration"] for row in resumed] == [5, 6, 7, 8]
@@ -69,18 +115,29 @@ def test_resume_is_bitwise(runs, first):
         assert {k: a[k] for k in QUANTITIES} == {k: b[k] for k in QUANTITIES}
 
 
-@pytest.mark.parametrize(("first", "second"), [(a, b) for a, bs in SECOND_HALF.items() for b in bs if a != b])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param(first, second, marks=needs(f"resumed-{first}-{second}", f"whole-{first}"))
+        for first, seconds in SECOND_HALF.items()
+        for second in seconds
+        if first != second
+    ],
+)
 def test_resume_under_another_layout(runs, first, second):
     assert_same_curves(
         read_metrics(runs / f"resumed-{first}-{second}"), read_metrics(runs / f"whole-{first}")[4:]
     )
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2_tp2_sp_distributed"])
+@pytest.mark.parametrize("layout", OTHERS)
 def test_teacher_averages_are_the_same(runs, layout):
+    """The centre among them."""
     wanted, got = read_checkpoint(runs / "tp1", "teacher"), read_checkpoint(runs / layout, "teacher")
-    assert set(got) == set(wanted)
-    for name, reference in wanted.items():
-        rows = slice(None, 96) if "word_embeddings" in name else slice(None)
-        error = (got[name][rows] - reference[rows]).norm() / reference[rows].norm().clamp(min=1e-12)
-        assert error < 1e-4, f"{name}: {error}"
+    assert len(wanted) >= 15
+    assert_same_tensors(got, wanted, FIRST_STEPS)
+
+
+def test_only_what_is_needed_is_trained():
+    assert list(with_what_they_continue(["tp2_sp", "tp1"])) == ["tp1", "tp2_sp"]
+    assert list(with_what_they_continue(["resumed-tp2-pp2"])) == ["half-tp2", "resumed-tp2-pp2"]
