@@ -48,7 +48,7 @@ import transformers
 import triton
 
 import laver_kernels
-import laver_mcore.build
+import laver_mcore.train.build
 
 assert torch.version.cuda, "torch was replaced by a build without CUDA"
 assert megatron.core.__version__ == "0.16.1", megatron.core.__version__

@@ -3,9 +3,9 @@
 The same program serves a laptop (one process, CPU), one GPU and a cluster. `--help` lists every flag.
 """
 
+from laver_mcore.cli.console import refuse, run_and_leave, silence_megatron
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.load import parse, to_yaml
-from laver_mcore.console import refuse, run_and_leave, silence_megatron
 
 
 def main(argv: list[str]) -> int:
@@ -19,9 +19,9 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         return refuse("pretrain_laver.py", error)
     # Imported here: `--help` and a misspelt flag should not wait for torch and Megatron.
+    from laver_mcore.cli.dry_run import dry_run
+    from laver_mcore.cli.run import run
     from laver_mcore.data.errors import DataError
-    from laver_mcore.dry_run import dry_run
-    from laver_mcore.run import run
 
     try:
         return dry_run(config) if actions.dry_run else run(config)

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from PIL import Image
 
-from laver_mcore.data.balance import image_shares
-from laver_mcore.data.batch import collate
-from laver_mcore.data.images import ImageProcessor
-from laver_mcore.data.prompt import IGNORE, EncodedSample
-from laver_mcore.engine import Network
+from laver_mcore.data.images.processors import ImageProcessor
+from laver_mcore.data.order.balance import image_shares
+from laver_mcore.data.sequence.batch import collate
+from laver_mcore.data.sequence.prompt import IGNORE, EncodedSample
 from laver_mcore.model.inputs import ModelInputs, model_inputs, round_up
 from laver_mcore.model.laver import LaverModel, LaverOutput
-from laver_mcore.pipeline import run_pipeline
+from laver_mcore.model.network import Network
+from laver_mcore.train.pipeline import run_pipeline
 
 
 @contextlib.contextmanager

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from laver_mcore.data import dali
-from laver_mcore.data.decode import image_size, open_image
-from laver_mcore.data.image_backend import BACKENDS, WantedImage, make_backend
-from laver_mcore.data.images import FixedImageProcessor, PatchImageProcessor
-from laver_mcore.data.loader import DialogueData
-from laver_mcore.data.tokenizer import SpecialTokens
+from laver_mcore.data.images import dali
+from laver_mcore.data.images.backends import BACKENDS, make_backend
+from laver_mcore.data.images.decode import image_size, open_image
+from laver_mcore.data.images.processors import FixedImageProcessor, PatchImageProcessor
+from laver_mcore.data.images.wanted import WantedImage
+from laver_mcore.data.sequence.tokenizer import SpecialTokens
+from laver_mcore.data.serve.loader import DialogueData
 
 SIGLIP_384 = {
     "image_processor_type": "SiglipImageProcessor",

@@ -83,8 +83,8 @@ def launch(argv: list[str], ranks: int) -> dict:
 def attempt(args: argparse.Namespace) -> dict:
     """What `run` finds on this rank, or the one line that says why it cannot."""
     warnings.filterwarnings("ignore")
-    from laver_mcore import parallel
     from laver_mcore.config.checks import ConfigError
+    from laver_mcore.megatron import parallel
 
     try:
         return run(args)
@@ -96,9 +96,9 @@ def attempt(args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace) -> dict:
     """Build the engine on this rank, compare on rank 0."""
-    from laver_mcore import parallel
     from laver_mcore.convert.parity import compare, engine_probe, report
     from laver_mcore.convert.safetensors_directory import read_json
+    from laver_mcore.megatron import parallel
 
     hf_config = read_json(Path(args.hf_path) / "config.json")
     is_laver = hf_config.get("model_type") == "laver"
@@ -150,12 +150,12 @@ def engine_config(args: argparse.Namespace, is_laver: bool):
 
 def engine_network(args: argparse.Namespace, config, device):
     """The engine's model on this rank, with the weights of --load or of the Qwen2.5 directory."""
-    from laver_mcore import parallel
-    from laver_mcore.build import attention_geometry, build_chunks, build_network
     from laver_mcore.convert.decoder import check_weights, open_run
     from laver_mcore.convert.safetensors_directory import open_weights
     from laver_mcore.convert.weights import load_hf_weights
-    from laver_mcore.engine import Network
+    from laver_mcore.megatron import parallel
+    from laver_mcore.model.network import Network
+    from laver_mcore.train.build import attention_geometry, build_chunks, build_network
 
     topology = parallel.build_topology(config.parallel, device)
     if args.load:
@@ -196,9 +196,9 @@ def batches(network, hf_config: dict | None):
     import torch
     from PIL import Image
 
-    from laver_mcore.build import build_image_processor
     from laver_mcore.convert.parity import image_prompt, text_prompts
-    from laver_mcore.data.balance import image_shares
+    from laver_mcore.data.order.balance import image_shares
+    from laver_mcore.train.build import build_image_processor
 
     topology, vocab_size = network.topology, network.vocab_size
     processor = build_image_processor(network.config)

@@ -15,10 +15,10 @@ from typing import Any
 
 import tyro
 
+from laver_mcore.cli.console import refuse, silence_megatron
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.load import from_recipe, resolve
 from laver_mcore.config.schema import Config, ParallelConfig
-from laver_mcore.console import refuse, silence_megatron
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,14 @@ class Arguments:
 
 def evaluate(arguments: Arguments, configs: list[Config]) -> None:
     """Answer all questions with every run and write them on the last rank."""
-    from laver_mcore import parallel
-    from laver_mcore.build import build_image_processor, build_network, build_tokenizer, resolve_vocab_size
-    from laver_mcore.data.records import load_records
+    from laver_mcore.data.records.sample import load_records
+    from laver_mcore.megatron import parallel
+    from laver_mcore.train.build import (
+        build_image_processor,
+        build_network,
+        build_tokenizer,
+        resolve_vocab_size,
+    )
 
     samples = load_records(arguments.data, arguments.image_folder or Path(arguments.data).parent)
     device = parallel.init_distributed()
@@ -70,8 +75,8 @@ def answer(
     """One row per question, in order; all ranks take part and get the same rows."""
     from tqdm import tqdm
 
-    from laver_mcore.data.decode import open_image
-    from laver_mcore.data.prompt import encode_prompt
+    from laver_mcore.data.images.decode import open_image
+    from laver_mcore.data.sequence.prompt import encode_prompt
     from laver_mcore.generate import generate
 
     questions = [

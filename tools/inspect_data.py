@@ -19,20 +19,20 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from laver_mcore import schedules
-from laver_mcore.build import build_data, build_image_processor, build_tokenizer
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.load import parse
 from laver_mcore.config.schema import Config
-from laver_mcore.data.balance import imbalance
-from laver_mcore.data.batch import Batch
-from laver_mcore.data.decode import open_image
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.images import ImageProcessor
-from laver_mcore.data.loader import DialogueData
-from laver_mcore.data.masking import draw_mask
-from laver_mcore.data.prompt import IGNORE
-from laver_mcore.data.tokenizer import Tokenizer
+from laver_mcore.data.images.decode import open_image
+from laver_mcore.data.images.processors import ImageProcessor
+from laver_mcore.data.order.balance import imbalance
+from laver_mcore.data.sequence.batch import Batch
+from laver_mcore.data.sequence.masking import draw_mask
+from laver_mcore.data.sequence.prompt import IGNORE
+from laver_mcore.data.sequence.tokenizer import Tokenizer
+from laver_mcore.data.serve.loader import DialogueData
+from laver_mcore.train import schedules
+from laver_mcore.train.build import build_data, build_image_processor, build_tokenizer
 
 _STYLE = """body{font:14px sans-serif;max-width:1100px;margin:2em auto}
 pre{white-space:pre-wrap;background:#f4f4f4;padding:.6em}mark{background:#b6e3b6}

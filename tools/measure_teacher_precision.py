@@ -16,19 +16,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from laver_mcore import parallel, schedules
-from laver_mcore.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
 from laver_mcore.config.checks import ConfigError, check_world
 from laver_mcore.config.load import parse
 from laver_mcore.config.schema import Config
-from laver_mcore.counts import image_lengths, student_rows, without_tails
-from laver_mcore.data.batch import Batch
 from laver_mcore.data.errors import DataError
+from laver_mcore.data.sequence.batch import Batch
+from laver_mcore.megatron import parallel
+from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.inputs import model_inputs
 from laver_mcore.objectives.gram import gram_sum
 from laver_mcore.objectives.latent import latent_sum
-from laver_mcore.parallel import Topology
-from laver_mcore.step import draw_masks
+from laver_mcore.train import schedules
+from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
+from laver_mcore.train.counts import image_lengths, student_rows, without_tails
+from laver_mcore.train.step import draw_masks
 
 ARMS = {"fp32": "--no-bf16", "bf16": "--bf16", "fp8": "--bf16 --teacher-precision fp8"}
 """Name -> flags."""

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.finevision import RATINGS, RatingFilter
 from laver_mcore.data.prepare.check import check_prepared
 from laver_mcore.data.prepare.convert import REJECTS, ConvertOptions, convert, open_corpus
 from laver_mcore.data.prepare.transcode import ImageLimits
+from laver_mcore.data.records.finevision import RATINGS, RatingFilter
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tyro
 
-from laver_mcore.report import write_report
+from laver_mcore.demo.report import write_report
 
 CHANCE = 0.1
 """Ten digits, equally frequent."""

@@ -10,10 +10,10 @@ Norms, activations, rotations and softmax are not counted.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from laver_mcore.accounting.towers import TowerShape, tower_shape
-from laver_mcore.accounting.weights import EMBEDDING, HEAD, Weight, list_weights
 from laver_mcore.accounting.work import StepWork
 from laver_mcore.config.schema import Config
+from laver_mcore.shapes.towers import TowerShape, tower_shape
+from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, list_weights
 
 ATTENTION_BACKWARD = 2.0
 """Backward of attention in forwards: four products for two."""

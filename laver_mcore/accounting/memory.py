@@ -9,10 +9,10 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from laver_mcore.accounting.towers import tower_shape
-from laver_mcore.accounting.weights import EMBEDDING, HEAD, Weight, list_weights
 from laver_mcore.accounting.work import StepWork
 from laver_mcore.config.schema import Config, ParallelConfig, TrainConfig
+from laver_mcore.shapes.towers import tower_shape
+from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, list_weights
 
 GRADIENT = 4
 """Bytes of a gradient: reduced and summed in fp32."""

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from laver_mcore.accounting.towers import tower_shape
 from laver_mcore.accounting.work import StepWork, micro_batch_work
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.schema import Config
+from laver_mcore.shapes.towers import tower_shape
 
 VISUAL_SHARE = 0.7
 """Share of a packed row that is visual tokens, where nothing else is said: two images of 729 in 2,048 tokens."""

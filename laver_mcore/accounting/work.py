@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
-from laver_mcore.accounting.towers import TowerShape, tower_shape
 from laver_mcore.config.schema import Config
+from laver_mcore.shapes.towers import TowerShape, tower_shape
 
 Grids = Sequence[tuple[int, int]]
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from laver_mcore import checkpoint
 from laver_mcore.config.hugging_face import read_shape, text_config
 from laver_mcore.config.load import from_recipe, to_yaml
 from laver_mcore.config.presets import fill_from_preset
@@ -36,6 +35,7 @@ from laver_mcore.convert.names import (
     their_shapes,
 )
 from laver_mcore.convert.safetensors_directory import TensorToWrite, Weights, open_weights, write_safetensors
+from laver_mcore.megatron import checkpoints
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COMPANIONS = (
@@ -75,17 +75,17 @@ def import_decoder(
     config = Config(model=model, vision=VisionConfig(vision="none"))
     blocks = [block for entry in entries(model) for block in _blocks_of(entry, weights, model, dtype)]
     common = {
-        "identity": checkpoint.identity(config, model.vocab_size),
+        "identity": checkpoints.identity(config, model.vocab_size),
         "progress": {"iteration": 0, "consumed_rows": 0},
         "layout": [1, 1, 1],
         "data": "",
         "content_metadata": {},
     }
     with written_whole(Path(save)) as folder:
-        write_checkpoint(checkpoint.checkpoint_folder(folder, 0), blocks, _extra_states(model), common)
+        write_checkpoint(checkpoints.checkpoint_folder(folder, 0), blocks, _extra_states(model), common)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         copy_companions(Path(hf_path), folder / "hf")
-        (folder / checkpoint.TRACKER).write_text("0", encoding="utf-8")
+        (folder / checkpoints.TRACKER).write_text("0", encoding="utf-8")
     return model
 
 
@@ -178,12 +178,12 @@ def export_decoder(
 
 def open_run(load: str | Path) -> tuple[Config, CheckpointReader]:
     """Recipe and newest checkpoint of a run's folder."""
-    iteration = checkpoint.latest_iteration(load)
+    iteration = checkpoints.latest_iteration(load)
     if iteration is None:
-        raise ConversionError(f"{load} holds no checkpoint ({checkpoint.TRACKER} is missing)")
+        raise ConversionError(f"{load} holds no checkpoint ({checkpoints.TRACKER} is missing)")
     config = from_recipe(Path(load) / "config.yaml")
     config = replace(config, model=fill_from_preset(config.model))
-    return config, CheckpointReader(checkpoint.checkpoint_folder(load, iteration))
+    return config, CheckpointReader(checkpoints.checkpoint_folder(load, iteration))
 
 
 def decoder_tensors(

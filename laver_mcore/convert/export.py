@@ -26,9 +26,9 @@ from laver_mcore.convert.errors import ConversionError
 from laver_mcore.convert.hub.towers_laver import NATIVE_TOWERS, TOWERS
 from laver_mcore.convert.safetensors_directory import TensorToWrite, read_json, write_safetensors
 from laver_mcore.convert.tokenizer_export import export_tokenizer
-from laver_mcore.data.images import FixedImageProcessor
-from laver_mcore.data.native import native_settings_of
-from laver_mcore.data.tokenizer import Tokenizer
+from laver_mcore.data.images.native import native_settings_of
+from laver_mcore.data.images.processors import FixedImageProcessor
+from laver_mcore.data.sequence.tokenizer import Tokenizer
 from laver_mcore.model.native_encoders import read_native_config
 from laver_mcore.model.vision_encoders import read_config, read_patch_size
 

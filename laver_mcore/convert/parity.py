@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from laver_mcore.convert.probe import Probe, probe
 from laver_mcore.convert.reference import LayerOutputs
-from laver_mcore.data.batch import Batch, collate
-from laver_mcore.data.prompt import IGNORE, EncodedSample, ImageSpan
-from laver_mcore.engine import Network
+from laver_mcore.data.sequence.batch import Batch, collate
+from laver_mcore.data.sequence.prompt import IGNORE, EncodedSample, ImageSpan
+from laver_mcore.model.network import Network
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from laver_mcore.data.batch import Batch, collate
-from laver_mcore.data.prompt import IGNORE, EncodedSample
+from laver_mcore.data.sequence.batch import Batch, collate
+from laver_mcore.data.sequence.prompt import IGNORE, EncodedSample
+from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.inputs import AttentionGeometry, ModelInputs, model_inputs, round_up
 from laver_mcore.model.laver import LaverModel, LaverOutput
-from laver_mcore.parallel import Topology
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from laver_mcore.convert.decoder import COMPANIONS
 from laver_mcore.convert.errors import ConversionError
-from laver_mcore.data.tokenizer import CHAT_TOKENS, Tokenizer, load_tokenizer
+from laver_mcore.data.sequence.tokenizer import CHAT_TOKENS, Tokenizer, load_tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # SentencePiece's piece types
 _SPACE = "\u2581"

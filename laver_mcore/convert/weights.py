@@ -7,10 +7,10 @@ import torch
 from laver_mcore.config.schema import ModelConfig
 from laver_mcore.convert.errors import ConversionError
 from laver_mcore.convert.names import Entry, canonical, entries, fuse, pad_vocabulary, their_shapes
+from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.laver import LaverModel
 from laver_mcore.model.parameters import NamedParameter, named_parameters
 from laver_mcore.model.sharding import shard
-from laver_mcore.parallel import Topology
 
 
 def gather_theirs(

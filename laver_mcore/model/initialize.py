@@ -9,10 +9,10 @@ import math
 import torch
 
 from laver_mcore.config.schema import ModelConfig
+from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.laver import LaverModel
 from laver_mcore.model.parameters import EMBEDDING, NamedParameter, named_parameters
 from laver_mcore.model.sharding import shard
-from laver_mcore.parallel import Topology
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

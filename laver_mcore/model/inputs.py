@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from laver_kernels import Intervals, rope_table
-from laver_mcore.data.balance import image_shares
-from laver_mcore.data.batch import Batch
-from laver_mcore.data.device_copy import send
-from laver_mcore.data.layout import SequenceLayout, concatenate, reconstruction_layout
+from laver_mcore.data.order.balance import image_shares
+from laver_mcore.data.sequence.batch import Batch
+from laver_mcore.data.sequence.layout import SequenceLayout, concatenate, reconstruction_layout
+from laver_mcore.device import send
 from laver_mcore.model.mixed_attention import PackedLayout
 
 _BOUNDS = ("row_lo_T", "row_hi_T", "col_lo_T", "col_hi_T")

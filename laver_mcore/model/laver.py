@@ -30,8 +30,8 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from laver_mcore.accounting.weights import padded_vocab
 from laver_mcore.config.schema import Config
+from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.connector import Connector
 from laver_mcore.model.fp8 import Fp8Pass
 from laver_mcore.model.image_sharing import gather_shares
@@ -41,7 +41,7 @@ from laver_mcore.model.mixed_attention import PackedLayout
 from laver_mcore.model.native_encoders import NATIVE, NativeEncoder, build_native_encoder
 from laver_mcore.model.vision_encoders import PatchEmbedder, VisionEncoder, build_vision_encoder
 from laver_mcore.model.vision_head import VisionHead
-from laver_mcore.parallel import Topology
+from laver_mcore.shapes.weights import padded_vocab
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from laver_mcore.config.checks import ConfigError
-from laver_mcore.data.device_copy import send
+from laver_mcore.device import send
 from laver_mcore.model.vision_encoders import read_config_file
 
 Grids = Sequence[tuple[int, int]]

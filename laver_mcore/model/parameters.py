@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.load import nearest
+from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.laver import LaverModel
-from laver_mcore.parallel import Topology
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _OUTPUT = "language_model.output_layer.weight"

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 from laver_kernels import ema_update_
-from laver_mcore.accounting.weights import AVERAGED
+from laver_mcore.megatron.parallel import Topology
+from laver_mcore.megatron.weight_shards import Bucket, Range, gather_shards
 from laver_mcore.model.laver import LaverModel
 from laver_mcore.model.parameters import named_parameters
-from laver_mcore.model.weight_shards import Bucket, Range, gather_shards
-from laver_mcore.parallel import Topology
+from laver_mcore.shapes.weights import AVERAGED
 
 MasterShard = Callable[[torch.nn.Parameter, int, int], torch.Tensor]
 """(parameter, start, stop) -> these elements of its flattened fp32 master, which this rank keeps."""

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from laver_mcore.data.device_copy import send
+from laver_mcore.device import send
 
 
 @torch.no_grad()

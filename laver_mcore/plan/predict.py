@@ -14,7 +14,7 @@ from laver_mcore.accounting.typical import Mix, typical_work
 from laver_mcore.accounting.work import StepWork
 from laver_mcore.config.schema import Config
 from laver_mcore.plan.layouts import NODE, Layout
-from laver_mcore.schedules import ema_steps
+from laver_mcore.train.schedules import ema_steps
 
 RESERVED = 4 * GIB
 """Memory that CUDA, NCCL and fragmentation are assumed to take."""

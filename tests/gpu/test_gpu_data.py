@@ -13,13 +13,14 @@ from corpora import encode, hard_pictures, picture
 from processors import PROCESSORS, build_processor
 from sample_run import write_recipe, write_sample_data
 
-from laver_mcore.data.decode import encoded_size
-from laver_mcore.data.device_copy import DeviceCopies
-from laver_mcore.data.image_backend import GREY, WantedImage, make_backend
-from laver_mcore.data.image_source import LoadedImage
-from laver_mcore.data.images import PatchImageProcessor
-from laver_mcore.data.loader import DialogueData
-from laver_mcore.data.tokenizer import load_tokenizer
+from laver_mcore.data.images.backends import make_backend
+from laver_mcore.data.images.decode import encoded_size
+from laver_mcore.data.images.processors import PatchImageProcessor
+from laver_mcore.data.images.source import LoadedImage
+from laver_mcore.data.images.wanted import GREY, WantedImage
+from laver_mcore.data.sequence.tokenizer import load_tokenizer
+from laver_mcore.data.serve.device_copies import DeviceCopies
+from laver_mcore.data.serve.loader import DialogueData
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 

@@ -30,12 +30,13 @@ def directory(tmp_path_factory):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_within_a_tenth(directory, name):
-    from laver_mcore import parallel, schedules
     from laver_mcore.accounting.memory import rank_memory
-    from laver_mcore.build import build_data, build_engine, build_tokenizer
     from laver_mcore.config.load import parse
-    from laver_mcore.counts import work_of
-    from laver_mcore.step import train_step
+    from laver_mcore.megatron import parallel
+    from laver_mcore.train import schedules
+    from laver_mcore.train.build import build_data, build_engine, build_tokenizer
+    from laver_mcore.train.counts import work_of
+    from laver_mcore.train.step import train_step
 
     config, _ = parse(f"--config {directory}/recipe.yaml {SHAPE} {VARIANTS[name]}".split())
     device = parallel.init_distributed()

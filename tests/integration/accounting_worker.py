@@ -14,7 +14,7 @@ def main(path: str) -> None:
     warnings.filterwarnings("ignore")
     import torch.distributed as dist
 
-    from laver_mcore import parallel
+    from laver_mcore.megatron import parallel
 
     device = parallel.init_distributed(timeout_minutes=2)
     for scenario in json.loads(Path(path).read_text()):
@@ -27,9 +27,9 @@ def main(path: str) -> None:
 
 def first_step(argv: list[str], device) -> tuple:
     """The engine of a recipe, and the micro-batches of its first step."""
-    from laver_mcore import parallel
-    from laver_mcore.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
     from laver_mcore.config.load import parse
+    from laver_mcore.megatron import parallel
+    from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
 
     config, _ = parse(argv)
     tokenizer = build_tokenizer(config)
@@ -54,9 +54,9 @@ def first_step(argv: list[str], device) -> tuple:
 def observe(argv: list[str], device) -> dict:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from laver_mcore import schedules
     from laver_mcore.model.parameters import named_parameters
-    from laver_mcore.step import train_step
+    from laver_mcore.train import schedules
+    from laver_mcore.train.step import train_step
 
     engine, batches = first_step(argv, device)
     config, topology = engine.config, engine.topology

@@ -2,10 +2,10 @@
 
 import torch.distributed as dist
 
-from laver_mcore import loop
+from laver_mcore.cli.console import run_and_leave
+from laver_mcore.cli.run import run
 from laver_mcore.config.load import parse
-from laver_mcore.console import run_and_leave
-from laver_mcore.run import run
+from laver_mcore.train import loop
 
 original, calls = loop.train_step, []
 

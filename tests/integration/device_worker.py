@@ -69,9 +69,10 @@ def collectives_of_one():
 
 def step(argv: list[str], device: torch.device) -> list[str]:
     """Devices of what one step returns, after another that made the optimizer's state."""
-    from laver_mcore import build, parallel, schedules
     from laver_mcore.config.load import parse
-    from laver_mcore.step import train_step
+    from laver_mcore.megatron import parallel
+    from laver_mcore.train import build, schedules
+    from laver_mcore.train.step import train_step
 
     config, _ = parse(argv)
     tokenizer = build.build_tokenizer(config)
@@ -88,7 +89,8 @@ def step(argv: list[str], device: torch.device) -> list[str]:
 
 
 def main(folder: Path, named: list[tuple[str, str]]) -> None:
-    from laver_mcore import build, cpu
+    from laver_mcore.megatron import cpu
+    from laver_mcore.train import build
 
     _setup_privateuseone_for_python_backend(rename=NAME)
     module = getattr(torch, NAME, None) or types.ModuleType(NAME)
@@ -102,7 +104,7 @@ def main(folder: Path, named: list[tuple[str, str]]) -> None:
         argv = f"--config {folder}/recipe.yaml --num-layers 2 --kernels triton {flags}".split()
         spoiled = contextlib.nullcontext()
         if name == "spoiled":
-            spoiled = mock.patch("laver_mcore.step.send", lambda tensor, device: tensor)
+            spoiled = mock.patch("laver_mcore.train.step.send", lambda tensor, device: tensor)
         with (
             collectives_of_one(),
             spoiled,

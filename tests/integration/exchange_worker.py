@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.exchange import Closed, connect
+from laver_mcore.data.serve.exchange import Closed, connect
 
 
 def main(last: str) -> None:

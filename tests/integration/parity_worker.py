@@ -45,11 +45,11 @@ def check_layout(case, parallel_flags, device):
     """Largest differences of logits (and of the relative gradient norm at TP 1) from transformers'."""
     import torch
 
-    from laver_mcore import parallel
-    from laver_mcore.build import attention_geometry, build_chunks
     from laver_mcore.config.schema import Config, DataConfig, ParallelConfig, VisionConfig
     from laver_mcore.convert.probe import probe, text_batch
     from laver_mcore.convert.weights import load_hf_weights
+    from laver_mcore.megatron import parallel
+    from laver_mcore.train.build import attention_geometry, build_chunks
 
     config = Config(
         model=model_config(case["config"]),
@@ -82,11 +82,11 @@ def gradients(case, chunks, batch, config, topology, vocab_size):
     """Relative difference of every parameter's gradient."""
     import torch.nn.functional as F
 
-    from laver_mcore.build import attention_geometry
     from laver_mcore.convert.names import entries, fuse, pad_vocabulary
     from laver_mcore.convert.probe import gather_logits
     from laver_mcore.model.inputs import model_inputs
     from laver_mcore.model.parameters import named_parameters
+    from laver_mcore.train.build import attention_geometry
 
     inputs = model_inputs(
         batch, None, ROWS, geometry=attention_geometry(config), num_shares=1, device=topology.device
@@ -110,7 +110,7 @@ def main(directory):
     import torch
     import torch.distributed as dist
 
-    from laver_mcore import parallel
+    from laver_mcore.megatron import parallel
 
     device = parallel.init_distributed(timeout_minutes=2)
     world = dist.get_world_size()

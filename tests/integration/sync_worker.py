@@ -86,9 +86,10 @@ class Watched:
 
 def main(output: str, argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
-    from laver_mcore import loop, parallel
+    from laver_mcore.cli.run import train_run
     from laver_mcore.config.load import parse
-    from laver_mcore.run import train_run
+    from laver_mcore.megatron import parallel
+    from laver_mcore.train import loop
 
     device = parallel.init_distributed(timeout_minutes=2)
     config, _ = parse(argv)

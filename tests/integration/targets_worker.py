@@ -13,7 +13,7 @@ def main(path: str) -> None:
     warnings.filterwarnings("ignore")
     import torch
 
-    from laver_mcore import parallel
+    from laver_mcore.megatron import parallel
 
     device = parallel.init_distributed(timeout_minutes=2)
     for scenario in json.loads(Path(path).read_text()):
@@ -27,9 +27,9 @@ def one_step(argv: list[str], device) -> dict | None:
     import torch
     from accounting_worker import first_step
 
-    from laver_mcore import schedules
     from laver_mcore.model.laver import LaverOutput
-    from laver_mcore.step import train_step
+    from laver_mcore.train import schedules
+    from laver_mcore.train.step import train_step
 
     engine, batches = first_step(argv, device)
     seen: list[LaverOutput] = []

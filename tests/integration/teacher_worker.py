@@ -19,8 +19,8 @@ class PlainAverage:
         self.names: dict = {}
 
     def __call__(self, engine, batches, knobs, *timers):
-        from laver_mcore.accounting.weights import AVERAGED
         from laver_mcore.model.parameters import named_parameters
+        from laver_mcore.shapes.weights import AVERAGED
 
         if not self.averages:
             items = named_parameters(engine.chunks, engine.topology)
@@ -51,9 +51,10 @@ def main(directory: str, scenarios: str) -> None:
     warnings.filterwarnings("ignore")
     import torch.distributed as dist
 
-    from laver_mcore import loop, parallel
+    from laver_mcore.cli.run import train_run
     from laver_mcore.config.load import parse
-    from laver_mcore.run import train_run
+    from laver_mcore.megatron import parallel
+    from laver_mcore.train import loop
 
     device = parallel.init_distributed(timeout_minutes=2)
     train_step = loop.train_step

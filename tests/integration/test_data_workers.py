@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from sample_run import write_sample_data
 
-from laver_mcore.data import workers
-from laver_mcore.data.assemble import ReadTask
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.images import PatchImageProcessor
-from laver_mcore.data.loader import DialogueData
-from laver_mcore.data.tokenizer import load_tokenizer
-from laver_mcore.data.workers import WorkerPool
+from laver_mcore.data.images.processors import PatchImageProcessor
+from laver_mcore.data.sequence.tokenizer import load_tokenizer
+from laver_mcore.data.serve import workers
+from laver_mcore.data.serve.assemble import ReadTask
+from laver_mcore.data.serve.loader import DialogueData
+from laver_mcore.data.serve.workers import WorkerPool
 
 ROOT = Path(__file__).parents[2]
 PROCESSOR = PatchImageProcessor(image_size=16, patch_size=8)
@@ -179,9 +179,9 @@ def test_closing_does_not_wait_for_a_stopped_worker(dataset, tokenizer):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from laver_mcore.data.images import PatchImageProcessor
-from laver_mcore.data.loader import DialogueData
-from laver_mcore.data.tokenizer import load_tokenizer
+from laver_mcore.data.images.processors import PatchImageProcessor
+from laver_mcore.data.serve.loader import DialogueData
+from laver_mcore.data.sequence.tokenizer import load_tokenizer
 
 if __name__ == "__main__":
     data = DialogueData(

@@ -12,15 +12,15 @@ from unit.model.test_native_encoders import CONFIGS as NATIVE
 from unit.model.test_native_encoders import write_directory
 
 from integration.harness import Scenario, run_scenarios
-from laver_mcore import parallel
-from laver_mcore.build import build_image_processor, build_network, build_tokenizer
 from laver_mcore.convert.decoder import open_run
 from laver_mcore.convert.export import export_run
 from laver_mcore.convert.probe import probe
-from laver_mcore.data.batch import collate
-from laver_mcore.data.prompt import encode_prompt
-from laver_mcore.data.records import Turn
+from laver_mcore.data.records.sample import Turn
+from laver_mcore.data.sequence.batch import collate
+from laver_mcore.data.sequence.prompt import encode_prompt
 from laver_mcore.generate import generate
+from laver_mcore.megatron import parallel
+from laver_mcore.train.build import build_image_processor, build_network, build_tokenizer
 
 TOWERS = {
     "siglip": dict(num_attention_heads=2),

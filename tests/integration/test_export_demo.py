@@ -7,11 +7,11 @@ from PIL import Image
 
 from integration.harness import REPOSITORY, Scenario, run_scenarios
 from integration.test_export import load, network_of
-from laver_mcore.build import build_image_processor, build_tokenizer
 from laver_mcore.convert.export import export_run
-from laver_mcore.data.prompt import encode_prompt
-from laver_mcore.data.records import Turn
+from laver_mcore.data.records.sample import Turn
+from laver_mcore.data.sequence.prompt import encode_prompt
 from laver_mcore.generate import generate
+from laver_mcore.train.build import build_image_processor, build_tokenizer
 from tools.prepare_demo import prepare
 
 NUM_PAGES = 50

@@ -9,9 +9,9 @@ from unit.model.test_native_encoders import CONFIGS, write_directory
 
 from integration.harness import torchrun
 from laver_mcore.accounting.flops import step_flops
-from laver_mcore.accounting.weights import list_weights
 from laver_mcore.config.load import parse
-from laver_mcore.counts import COUNTS, DIVISORS, work_of
+from laver_mcore.shapes.weights import list_weights
+from laver_mcore.train.counts import COUNTS, DIVISORS, work_of
 
 DECODER = "--trainable connector.* language_model.* mask_token vision_head.*"
 TOWER = "--overlong drop --vision KIND --vision-path {directory}/KIND --vision-random-init"

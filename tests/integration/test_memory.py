@@ -10,7 +10,7 @@ from integration.harness import torchrun
 from laver_mcore.accounting.memory import chunks_in_flight, holdings, rank_memory, state_bytes
 from laver_mcore.config.load import parse
 from laver_mcore.config.schema import Config, ModelConfig, ParallelConfig
-from laver_mcore.counts import work_of
+from laver_mcore.train.counts import work_of
 
 UNTIED = "--untie-embeddings-and-output-weights True"
 # Name -> (TP, PP, replicas: DP x CP, flags).

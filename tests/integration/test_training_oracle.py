@@ -14,7 +14,7 @@ from oracle.optimizer import AdamW
 from sample_run import write_recipe, write_sample_data
 
 from integration.harness import Scenario, read_checkpoint, read_metrics, run_scenarios
-from laver_mcore.data.masking import draw_mask
+from laver_mcore.data.sequence.masking import draw_mask
 
 STEPS, SPOILED, SEED, VOCABULARY = 9, 5, 1234, 96
 SHAPE = Shape(num_layers=4, num_heads=4, num_groups=2, head_dim=16, rotary_base=1e4, mrope_section=(0, 4, 4))

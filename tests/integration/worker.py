@@ -10,7 +10,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from laver_mcore.console import run_and_leave
+from laver_mcore.cli.console import run_and_leave
 
 FIELDS = ("document_lengths", "image_grids", "image_keys", "tokens_T", "labels_T", "visual_rows_N", "pixels")
 
@@ -23,8 +23,8 @@ class Step:
         self.batches = []
 
     def __call__(self, engine, batches, knobs, *timers):
-        from laver_mcore import checkpoint
-        from laver_mcore.checkpoint import Progress
+        from laver_mcore.train import checkpoint
+        from laver_mcore.train.checkpoint import Progress
 
         if self._record and not self.batches:
             checkpoint.save(engine, Path(self._record).parent / "start", Progress(), "")
@@ -48,9 +48,10 @@ def main(argv: list[str]) -> int:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from laver_mcore import loop, parallel
+    from laver_mcore.cli.run import train_run
     from laver_mcore.config.load import parse
-    from laver_mcore.run import train_run
+    from laver_mcore.megatron import parallel
+    from laver_mcore.train import loop
 
     device = parallel.init_distributed(timeout_minutes=2)
 

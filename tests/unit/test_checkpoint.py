@@ -9,14 +9,16 @@ import torch
 import torch.distributed as dist
 from sample_run import write_recipe, write_sample_data
 
-from laver_mcore import checkpoint, parallel, schedules
-from laver_mcore.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
-from laver_mcore.checkpoint import CheckpointError, Progress
+from laver_mcore.cli.run import check_save_folder, skip_ahead
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.load import parse, to_yaml
-from laver_mcore.loop import RunState, _after, _data_start
-from laver_mcore.run import check_save_folder, skip_ahead
-from laver_mcore.step import train_step
+from laver_mcore.megatron import checkpoints, parallel
+from laver_mcore.megatron.checkpoints import CheckpointError
+from laver_mcore.train import checkpoint, schedules
+from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
+from laver_mcore.train.checkpoint import Progress
+from laver_mcore.train.loop import RunState, _after, _data_start
+from laver_mcore.train.step import train_step
 
 STEPS = 3
 FINGERPRINT = "these data"
@@ -174,11 +176,11 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(saved, recipe, device, t
 def test_tracker(tmp_path, text, wanted):
     folder = written(tmp_path, text)
     if isinstance(wanted, int):
-        assert checkpoint.latest_iteration(folder) == wanted
+        assert checkpoints.latest_iteration(folder) == wanted
     else:
         with pytest.raises(CheckpointError, match=wanted):
-            checkpoint.latest_iteration(folder)
-    assert checkpoint.latest_iteration(tmp_path / "nowhere") is None
+            checkpoints.latest_iteration(folder)
+    assert checkpoints.latest_iteration(tmp_path / "nowhere") is None
 
 
 def test_progress_counts_iterations_and_rows(recipe):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from laver_mcore.report import read_answers, read_stage, spread, write_report
+from laver_mcore.demo.report import write_report
+from laver_mcore.demo.results import read_answers, read_stage, spread
 
 
 def write_run(folder, num_rows, laver):

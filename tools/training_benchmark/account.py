@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from laver_mcore.accounting.flops import step_flops
 from laver_mcore.accounting.work import StepWork, micro_batch_work
 from laver_mcore.config.schema import Config
-from laver_mcore.data.prompt import IGNORE
+from laver_mcore.data.sequence.prompt import IGNORE
 from laver_mcore.model.inputs import round_up
 from tools.training_benchmark.batches import MicroBatch, global_batch, padded_length
 from tools.training_benchmark.setting import Arm, Setting, engine_config, vocabulary

@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 import torch
 
-from laver_mcore import parallel
-from laver_mcore.data.batch import Batch
-from laver_mcore.data.device_copy import send_batch
-from laver_mcore.schedules import Knobs
+from laver_mcore.data.sequence.batch import Batch
+from laver_mcore.data.serve.device_copies import send_batch
+from laver_mcore.megatron import parallel
+from laver_mcore.train.schedules import Knobs
 from tools.training_benchmark.batches import PaddedBatch, draw_masks, global_batch, packed, padded
 from tools.training_benchmark.setting import Arm, Setting, engine_config, vocabulary
 
@@ -45,7 +45,7 @@ class EngineArm:
     """This engine, with LaVer's losses or the language model's alone."""
 
     def __init__(self, setting: Setting, laver: bool, device: torch.device) -> None:
-        from laver_mcore.build import build_engine
+        from laver_mcore.train.build import build_engine
 
         config = engine_config(setting, laver)
         vocab_size = vocabulary(config)
@@ -62,7 +62,7 @@ class EngineArm:
         ]
 
     def step(self, number: int, move_teacher: bool = False) -> Any:
-        from laver_mcore.step import train_step
+        from laver_mcore.train.step import train_step
 
         knobs = Knobs(
             iteration=number,
@@ -74,7 +74,7 @@ class EngineArm:
         return train_step(self._engine, self._batches[number % len(self._batches)], knobs)
 
     def losses(self, result: Any) -> Losses:
-        from laver_mcore.step import MEASURED
+        from laver_mcore.train.step import MEASURED
 
         found = dict(zip(MEASURED, result.losses.tolist(), strict=True))
         return Losses(

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from laver_mcore.data.batch import Batch, collate
-from laver_mcore.data.masking import draw_mask
-from laver_mcore.data.packing import pack
-from laver_mcore.data.prompt import IGNORE, EncodedSample, ImageSpan
+from laver_mcore.data.order.packing import pack
+from laver_mcore.data.sequence.batch import Batch, collate
+from laver_mcore.data.sequence.masking import draw_mask
+from laver_mcore.data.sequence.prompt import IGNORE, EncodedSample, ImageSpan
 from tools.training_benchmark.setting import Setting
 
 IMAGE_TOKEN = 0

@@ -18,7 +18,7 @@ from torch import nn
 
 from laver_mcore.config.schema import Config
 from laver_mcore.convert.names import entries, our_shape, split
-from laver_mcore.data.prompt import IGNORE
+from laver_mcore.data.sequence.prompt import IGNORE
 from laver_mcore.model.initialize import draw
 from laver_mcore.model.vision_encoders import build_vision_encoder
 from tools.training_benchmark.batches import PaddedBatch

@@ -32,7 +32,7 @@ class Worker:
         """Random weights on the device."""
         import torch
 
-        from laver_mcore import parallel
+        from laver_mcore.megatron import parallel
         from tools.training_benchmark import arms
         from tools.training_benchmark.setting import Setting
 

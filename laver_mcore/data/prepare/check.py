@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from laver_mcore.data.decode import decode_image
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.image_source import read_image_bytes
-from laver_mcore.data.shards import MANIFEST, ShardSummary, read_members, record_offsets
-from laver_mcore.data.sources import ShardSource
+from laver_mcore.data.images.decode import decode_image
+from laver_mcore.data.images.source import read_image_bytes
+from laver_mcore.data.records.shards import MANIFEST, ShardSummary, read_members, record_offsets
+from laver_mcore.data.records.sources import ShardSource
 
 
 @dataclass(frozen=True)

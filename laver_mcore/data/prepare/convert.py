@@ -18,13 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.finevision import RatingFilter
 from laver_mcore.data.prepare.energon import write_energon_metadata
 from laver_mcore.data.prepare.record import PreparedSample, prepare_record
 from laver_mcore.data.prepare.transcode import ImageLimits
 from laver_mcore.data.randomness import permutation
-from laver_mcore.data.shards import MANIFEST, ShardSummary, ShardWriter
-from laver_mcore.data.sources import JsonSource, ParquetSource
+from laver_mcore.data.records.finevision import RatingFilter
+from laver_mcore.data.records.shards import MANIFEST, ShardSummary, ShardWriter
+from laver_mcore.data.records.sources import JsonSource, ParquetSource
 
 Format = Literal["llava", "llava-onevision", "finevision"]
 REJECTS = "rejects.jsonl"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from laver_mcore.data.shards import ShardSummary
+from laver_mcore.data.records.shards import ShardSummary
 
 _DATASET = """\
 __module__: megatron.energon

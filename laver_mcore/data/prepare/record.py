@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from laver_mcore.data.finevision import RatingFilter, is_finevision, kept_turns, turn_ratings
-from laver_mcore.data.image_source import image_cells, read_image_bytes, read_parquet_row
+from laver_mcore.data.images.source import image_cells, read_image_bytes, read_parquet_row
 from laver_mcore.data.prepare.transcode import ImageLimits, PreparedImage, prepare_image
-from laver_mcore.data.records import Sample, Turn
-from laver_mcore.data.sources import JsonSource, ParquetSource
+from laver_mcore.data.records.finevision import RatingFilter, is_finevision, kept_turns, turn_ratings
+from laver_mcore.data.records.sample import Sample, Turn
+from laver_mcore.data.records.sources import JsonSource, ParquetSource
 
 
 @dataclass(frozen=True)

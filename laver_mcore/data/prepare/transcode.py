@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
-from laver_mcore.data.decode import DECODE_ERRORS, reason, to_rgb
 from laver_mcore.data.errors import DataError
+from laver_mcore.data.images.decode import DECODE_ERRORS, reason, to_rgb
 
 _EXIF_ORIENTATION = 0x0112
 _JPEG_QUALITY = 95

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from laver_mcore import loop
 from laver_mcore.accounting.throughput import throughput
 from laver_mcore.accounting.work import StepWork
 from laver_mcore.config.presets import fill_from_preset
 from laver_mcore.config.schema import Config, ModelConfig, RunConfig, TrainConfig, VisionConfig
-from laver_mcore.counts import COUNTS
+from laver_mcore.train import loop
+from laver_mcore.train.counts import COUNTS
 
 # Qwen2.5-7B: what multiplies a row in the layers, and in the LM head.
 LAYERS = 28 * (3584 * (28 + 2 * 4) * 128 + 28 * 128 * 3584 + 3 * 3584 * 18944)

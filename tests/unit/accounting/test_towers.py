@@ -5,10 +5,10 @@ import json
 import pytest
 from unit.model.test_native_encoders import CONFIGS
 
-from laver_mcore.accounting.towers import tower_shape, tower_weights
 from laver_mcore.config.schema import VisionConfig
 from laver_mcore.model.native_encoders import NATIVE, build_native_encoder
 from laver_mcore.model.vision_encoders import build_vision_encoder
+from laver_mcore.shapes.towers import tower_shape, tower_weights
 
 # The published config.json of the towers that stand in for a missing directory, as far as it differs from defaults.
 PUBLISHED = {

@@ -8,8 +8,6 @@ import pytest
 
 from laver_mcore.accounting.flops import step_flops
 from laver_mcore.accounting.memory import holdings
-from laver_mcore.accounting.towers import tower_shape
-from laver_mcore.accounting.weights import list_weights, padded_vocab
 from laver_mcore.accounting.work import StepWork, micro_batch_work
 from laver_mcore.config.load import from_recipe, resolve
 from laver_mcore.config.presets import fill_from_preset
@@ -21,6 +19,8 @@ from laver_mcore.config.schema import (
     TrainConfig,
     VisionConfig,
 )
+from laver_mcore.shapes.towers import tower_shape
+from laver_mcore.shapes.weights import list_weights, padded_vocab
 
 # Documents as lists of text lengths (int) and image grids (pair).
 DOCUMENTS = {

@@ -26,10 +26,10 @@ LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2_pp2": (2, 2)}
 COUNT = """
 import json, resource, sys, warnings
 warnings.filterwarnings("ignore")
-from laver_mcore import cpu, parallel
+from laver_mcore.megatron import cpu, parallel
 from laver_mcore.config.load import parse
 from laver_mcore.accounting.memory import holdings
-from laver_mcore.dry_run import _pretend, describe_rank
+from laver_mcore.cli.dry_run import _pretend, describe_rank
 from laver_mcore.model.parameters import merge_parts
 
 cpu.install("meta")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from laver_mcore.optimizer import apply_gradients, set_rates, used_learning_rate
+from laver_mcore.megatron.optimizer import apply_gradients, set_rates, used_learning_rate
 
 
 @pytest.fixture(scope="module")

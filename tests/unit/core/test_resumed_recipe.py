@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
+from laver_mcore.cli.run import first_difference
 from laver_mcore.config.load import to_yaml
 from laver_mcore.config.schema import Config
-from laver_mcore.run import first_difference
 
 CASES = {
     "nothing": ({}, {}, None),

@@ -5,8 +5,8 @@ from math import cos, pi
 
 import pytest
 
-from laver_mcore import schedules
 from laver_mcore.config.schema import Config, LaverConfig, OptimizerConfig, TrainConfig
+from laver_mcore.train import schedules
 
 TOTAL = 1000
 

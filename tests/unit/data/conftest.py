@@ -9,7 +9,7 @@ import tokenizers
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from laver_mcore.data.tokenizer import CHAT_TOKENS, load_tokenizer
+from laver_mcore.data.sequence.tokenizer import CHAT_TOKENS, load_tokenizer
 
 CORPUS = [f"which digits are in row {i}? They are {i * 7 % 10}, {i * 3 % 10} and {i}." for i in range(60)]
 

@@ -5,9 +5,9 @@ import io
 import transformers
 from PIL import Image
 
-from laver_mcore.data.decode import to_rgb
-from laver_mcore.data.images import FixedImageProcessor
-from laver_mcore.data.native import NativeImageProcessor
+from laver_mcore.data.images.decode import to_rgb
+from laver_mcore.data.images.native import NativeImageProcessor
+from laver_mcore.data.images.processors import FixedImageProcessor
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from laver_mcore.accounting.training_cost import training_cost
 from laver_mcore.config.load import from_recipe, resolve
-from laver_mcore.training_cost import training_cost
 
 ROOT = Path(__file__).resolve().parents[3]
 IMAGE = 729  # visual tokens: SigLIP 384/14

@@ -7,10 +7,10 @@ import pytest
 import torch
 from corpora import encode, picture
 
-from laver_mcore.data.assemble import ImageTask, Pictures, ReadTask, Tools, blank, decode_here
-from laver_mcore.data.image_backend import WantedImage
-from laver_mcore.data.image_source import LoadedImage
-from laver_mcore.data.prompt import IGNORE
+from laver_mcore.data.images.source import LoadedImage
+from laver_mcore.data.images.wanted import WantedImage
+from laver_mcore.data.sequence.prompt import IGNORE
+from laver_mcore.data.serve.assemble import ImageTask, Pictures, ReadTask, Tools, blank, decode_here
 
 PAD = 7
 OWNERS = (4, 4, 5, 6, 6)  # the samples that five images belong to

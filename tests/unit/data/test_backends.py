@@ -9,14 +9,15 @@ from corpora import encode, hard_pictures, picture
 from PIL import Image
 from processors import PROCESSORS, build_processor, reference_pixels
 
-from laver_mcore.data import dali
-from laver_mcore.data.decode import decode_image
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.image_backend import BACKENDS, GREY, WantedImage, make_backend
-from laver_mcore.data.image_source import LoadedImage
-from laver_mcore.data.images import PatchImageProcessor
-from laver_mcore.data.native import NativeImageProcessor
-from laver_mcore.data.pixel_settings import smart_resize
+from laver_mcore.data.images import dali
+from laver_mcore.data.images.backends import BACKENDS, make_backend
+from laver_mcore.data.images.decode import decode_image
+from laver_mcore.data.images.native import NativeImageProcessor
+from laver_mcore.data.images.pixel_settings import smart_resize
+from laver_mcore.data.images.processors import PatchImageProcessor
+from laver_mcore.data.images.source import LoadedImage
+from laver_mcore.data.images.wanted import GREY, WantedImage
 
 # How far resized pixels may be from Pillow's, in 8-bit steps: mean over all pictures, and largest of any pixel.
 BOUNDS = {

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from realistic import STAGE_2, realistic_mix
 
+from laver_mcore.accounting.training_cost import training_cost
 from laver_mcore.config.load import resolve
 from laver_mcore.config.schema import (
     Config,
@@ -17,9 +18,8 @@ from laver_mcore.config.schema import (
     TrainConfig,
     VisionConfig,
 )
-from laver_mcore.data.balance import assign_rows, image_shares, imbalance
-from laver_mcore.data.order import RowOrder, neighbours_alike
-from laver_mcore.training_cost import training_cost
+from laver_mcore.data.order.balance import assign_rows, image_shares, imbalance
+from laver_mcore.data.order.rows import RowOrder, neighbours_alike
 
 DOCUMENTS = {
     "text": [("text", 90)],

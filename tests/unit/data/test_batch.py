@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from laver_mcore.data.batch import collate
-from laver_mcore.data.prompt import EncodedSample, ImageSpan
+from laver_mcore.data.sequence.batch import collate
+from laver_mcore.data.sequence.prompt import EncodedSample, ImageSpan
 
 PAD, IMAGE = 0, 9
 NONE = -100

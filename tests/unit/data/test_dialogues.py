@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from laver_mcore.data.images import PatchImageProcessor
-from laver_mcore.data.loader import DialogueData
-from laver_mcore.data.prompt import DEFAULT_SYSTEM_PROMPT, encode_sample
-from laver_mcore.data.records import load_records
+from laver_mcore.data.images.processors import PatchImageProcessor
+from laver_mcore.data.records.sample import load_records
+from laver_mcore.data.sequence.prompt import DEFAULT_SYSTEM_PROMPT, encode_sample
+from laver_mcore.data.serve.loader import DialogueData
 
 PROCESSOR = PatchImageProcessor(image_size=16, patch_size=8)  # 2 x 2 tokens an image
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from corpora import encode, picture, write_llava
 
-from laver_mcore.data.assemble import Tools
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.images import PatchImageProcessor
-from laver_mcore.data.loader import DialogueData
-from laver_mcore.data.prompt import IGNORE
-from laver_mcore.data.steps import StepLayout
-from laver_mcore.data.workers import Inline
+from laver_mcore.data.images.processors import PatchImageProcessor
+from laver_mcore.data.sequence.prompt import IGNORE
+from laver_mcore.data.serve.assemble import Tools
+from laver_mcore.data.serve.loader import DialogueData
+from laver_mcore.data.serve.steps import StepLayout
+from laver_mcore.data.serve.workers import Inline
 
 PROCESSOR = PatchImageProcessor(image_size=16, patch_size=8)
 SIZES = {"global_batch_size": 4, "micro_batch_size": 2}

@@ -3,8 +3,8 @@
 import pytest
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.finevision import RATINGS, RatingFilter, finevision_turns, kept_turns
-from laver_mcore.data.records import Turn
+from laver_mcore.data.records.finevision import RATINGS, RatingFilter, finevision_turns, kept_turns
+from laver_mcore.data.records.sample import Turn
 
 TEXTS = [{"user": f"question {n}", "assistant": f"answer {n}"} for n in range(3)]
 # A rating of its own for every turn and name; the last turn has none for one of them.

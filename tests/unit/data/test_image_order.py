@@ -7,12 +7,13 @@ import torch
 from corpora import encode
 from PIL import Image
 
-from laver_mcore.data.image_backend import BACKENDS, WantedImage, make_backend
-from laver_mcore.data.image_source import LoadedImage
-from laver_mcore.data.images import PatchImageProcessor
-from laver_mcore.data.loader import DialogueData
-from laver_mcore.data.native import NativeImageProcessor
+from laver_mcore.data.images.backends import BACKENDS, make_backend
+from laver_mcore.data.images.native import NativeImageProcessor
+from laver_mcore.data.images.processors import PatchImageProcessor
+from laver_mcore.data.images.source import LoadedImage
+from laver_mcore.data.images.wanted import WantedImage
 from laver_mcore.data.prepare.convert import ConvertOptions, convert, open_corpus
+from laver_mcore.data.serve.loader import DialogueData
 
 NUM_IMAGES = (2, 0, 3, 1, 4, 2)  # of sample 0, 1, ...
 SIDE = 28  # pixels of a visual token

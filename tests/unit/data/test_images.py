@@ -8,9 +8,9 @@ import torch
 import transformers
 from PIL import Image
 
-from laver_mcore.data.decode import DecodedImages, image_size, open_image
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.images import (
+from laver_mcore.data.images.decode import DecodedImages, image_size, open_image
+from laver_mcore.data.images.processors import (
     FixedImageProcessor,
     PatchImageProcessor,
 )
@@ -217,7 +217,7 @@ def test_unusable_patches(arguments, message):
 def test_decoded_images_are_kept_within_their_budget(image_paths, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        "laver_mcore.data.decode.open_image", lambda path: opened.append(path) or open_image(path)
+        "laver_mcore.data.images.decode.open_image", lambda path: opened.append(path) or open_image(path)
     )
     pictures = DecodedImages(max_bytes=2 * 3 * 61 * 45)
     by_name = {path.name: path for path in image_paths}

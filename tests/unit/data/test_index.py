@@ -9,12 +9,12 @@ from functools import partial
 import pytest
 from corpora import encode, picture, write_llava
 
-from laver_mcore.data import index as index_module
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.images import PatchImageProcessor
-from laver_mcore.data.index import FOLDER, get_index
-from laver_mcore.data.loader import DialogueData
-from laver_mcore.data.sources import open_source
+from laver_mcore.data.images.processors import PatchImageProcessor
+from laver_mcore.data.order import index as index_module
+from laver_mcore.data.order.index import FOLDER, get_index
+from laver_mcore.data.records.sources import open_source
+from laver_mcore.data.serve.loader import DialogueData
 
 PROCESSOR = PatchImageProcessor(image_size=16, patch_size=8)
 
@@ -44,7 +44,7 @@ def test_a_large_set_is_measured_once(corpus, hugging_face, monkeypatch):
 
 @pytest.mark.parametrize("change", ["data", "tokenizer", "system prompt"])
 def test_what_it_was_measured_from_is_its_key(change, corpus, hugging_face, sentencepiece_path):
-    from laver_mcore.data.tokenizer import load_tokenizer
+    from laver_mcore.data.sequence.tokenizer import load_tokenizer
 
     folder = corpus.parent / FOLDER
     get_index(open_source(corpus, corpus.parent), hugging_face, "", folder=folder)

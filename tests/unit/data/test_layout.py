@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from laver_mcore.data.layout import concatenate, dialogue_layout, reconstruction_layout, trim
+from laver_mcore.data.sequence.layout import concatenate, dialogue_layout, reconstruction_layout, trim
 
 
 def dense_mask(documents, total_length):

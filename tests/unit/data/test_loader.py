@@ -9,15 +9,15 @@ from collections import Counter
 import pytest
 import torch
 
-from laver_mcore.data.ahead import StepMaker
-from laver_mcore.data.batch import Batch, collate
-from laver_mcore.data.cost import PackingCost
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.images import PatchImageProcessor
-from laver_mcore.data.loader import DialogueData
-from laver_mcore.data.prompt import IGNORE, encode_prompt
-from laver_mcore.data.records import Turn
-from laver_mcore.data.steps import StepPlan
+from laver_mcore.data.images.processors import PatchImageProcessor
+from laver_mcore.data.order.cost import PackingCost
+from laver_mcore.data.records.sample import Turn
+from laver_mcore.data.sequence.batch import Batch, collate
+from laver_mcore.data.sequence.prompt import IGNORE, encode_prompt
+from laver_mcore.data.serve.ahead import StepMaker
+from laver_mcore.data.serve.loader import DialogueData
+from laver_mcore.data.serve.steps import StepPlan
 
 PROCESSOR = PatchImageProcessor(image_size=16, patch_size=8)
 COST = PackingCost(text_token=0.1, pair=1e-3, visual_token=1.5, visual_pair=0.1)

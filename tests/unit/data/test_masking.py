@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from laver_mcore.config.schema import Config, LaverConfig, TrainConfig
-from laver_mcore.data.masking import draw_mask
+from laver_mcore.data.sequence.masking import draw_mask
 
 NAMES = {"seed": 1, "key": "a", "step": 5, "image_index": 0}
 
@@ -68,8 +68,8 @@ def test_bad_arguments(ratio, strategy, message):
 
 def test_a_step_draws_from_its_own_number_and_each_images_own_names():
     """Which arguments a step gives: those of the image, in the order of the batch."""
-    from laver_mcore.schedules import Knobs
-    from laver_mcore.step import draw_masks
+    from laver_mcore.train.schedules import Knobs
+    from laver_mcore.train.step import draw_masks
 
     laver = LaverConfig(laver=True, mask_draw="permutation")
     engine = SimpleNamespace(config=Config(laver=laver, train=TrainConfig(seed=11)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.order import RowOrder
+from laver_mcore.data.order.rows import RowOrder
 
 
 def order_of(sizes, weights=None, *, seed=3, seq_length=64, window=32):

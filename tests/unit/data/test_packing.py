@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.packing import pack
+from laver_mcore.data.order.packing import pack
 
 
 @pytest.mark.parametrize("trial", range(30))

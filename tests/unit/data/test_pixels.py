@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.image_backend import centre_crop
-from laver_mcore.data.images import normalise
-from laver_mcore.data.pixel_settings import PixelSettings, smart_resize
+from laver_mcore.data.images.pixel_settings import PixelSettings, smart_resize
+from laver_mcore.data.images.processors import normalise
+from laver_mcore.data.images.wanted import centre_crop
 
 SETTINGS = PixelSettings(
     resize="square",

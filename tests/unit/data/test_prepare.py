@@ -24,14 +24,14 @@ from corpora import (
 )
 from PIL import Image, ImageOps
 
-from laver_mcore.data.decode import decode_image, open_image
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.finevision import RatingFilter
+from laver_mcore.data.images.decode import decode_image, open_image
 from laver_mcore.data.prepare.check import check_prepared
 from laver_mcore.data.prepare.convert import ConvertOptions, convert, open_corpus
 from laver_mcore.data.prepare.transcode import ImageLimits, prepare_image
-from laver_mcore.data.shards import record_offsets
-from laver_mcore.data.sources import open_source
+from laver_mcore.data.records.finevision import RatingFilter
+from laver_mcore.data.records.shards import record_offsets
+from laver_mcore.data.records.sources import open_source
 
 ROOT = Path(__file__).parents[3]
 LLAVA = ConvertOptions(format="llava", samples_per_shard=6)

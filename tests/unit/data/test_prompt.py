@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.prompt import IGNORE, ImageSpan, encode_prompt, encode_sample
-from laver_mcore.data.records import Turn
-from laver_mcore.data.tokenizer import CHAT_TOKENS, load_tokenizer
+from laver_mcore.data.records.sample import Turn
+from laver_mcore.data.sequence.prompt import IGNORE, ImageSpan, encode_prompt, encode_sample
+from laver_mcore.data.sequence.tokenizer import CHAT_TOKENS, load_tokenizer
 
 SYSTEM = "You are a helpful assistant."
 QUESTION = Turn("user", "which digits are in row 2?")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.quarantine import Quarantine
+from laver_mcore.data.serve.quarantine import Quarantine
 
 # Allowed fraction, bad samples, all samples -> whether the index refuses the set.
 INDEX = {

@@ -8,13 +8,13 @@ import pytest
 from corpora import write_finevision
 from sample_run import write_recipe, write_sample_data
 
-from laver_mcore import build
-from laver_mcore.checkpoint import Progress
+from laver_mcore.cli.run import skip_ahead
 from laver_mcore.config.checks import ConfigError
 from laver_mcore.config.load import parse
-from laver_mcore.data.finevision import RatingFilter
-from laver_mcore.data.native import native_processor
-from laver_mcore.run import skip_ahead
+from laver_mcore.data.images.native import native_processor
+from laver_mcore.data.records.finevision import RatingFilter
+from laver_mcore.train import build
+from laver_mcore.train.checkpoint import Progress
 
 
 @pytest.fixture(scope="module")

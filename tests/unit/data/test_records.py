@@ -5,7 +5,7 @@ import json
 import pytest
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.records import Turn, load_records, typed_pieces
+from laver_mcore.data.records.sample import Turn, load_records, typed_pieces
 
 HUMAN = {"from": "human", "value": "<image>\nwhat?"}
 GPT = {"from": "gpt", "value": "a cat"}

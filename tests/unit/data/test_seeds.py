@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from laver_mcore.data.order import RowOrder
+from laver_mcore.data.order.rows import RowOrder
 
 NUM = 24  # samples a set; a draw repeats by chance once in 24 factorial times
 

@@ -3,7 +3,7 @@
 import pytest
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.tokenizer import CHAT_TOKENS, load_tokenizer
+from laver_mcore.data.sequence.tokenizer import CHAT_TOKENS, load_tokenizer
 
 WITHOUT_VISION = ("<|im_start|>", "<|im_end|>", "<|image_pad|>")
 assert set(WITHOUT_VISION) < set(CHAT_TOKENS.values())

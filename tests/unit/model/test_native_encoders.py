@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from laver_mcore.data.native import native_processor
+from laver_mcore.data.images.native import native_processor
 from laver_mcore.model.native_encoders import build_native_encoder
 
 QWEN = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2)

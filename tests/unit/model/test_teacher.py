@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from unit.model.test_fp8 import decoded
 
+from laver_mcore.megatron.parallel import Topology
+from laver_mcore.megatron.weight_shards import Bucket
 from laver_mcore.model.fp8 import Fp8Pass
 from laver_mcore.model.teacher import MasterShard, Teacher, TeacherError
-from laver_mcore.model.weight_shards import Bucket
-from laver_mcore.parallel import Topology
-from laver_mcore.schedules import Knobs
-from laver_mcore.step import MIN_EXPECTED_MOVE, check_teacher_moved
+from laver_mcore.train.schedules import Knobs
+from laver_mcore.train.step import MIN_EXPECTED_MOVE, check_teacher_moved
 
 WIDTH = 8
 

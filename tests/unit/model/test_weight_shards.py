@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from laver_mcore.model.weight_shards import Bucket, _pieces
+from laver_mcore.megatron.weight_shards import Bucket, _pieces
 
 # Lengths of parameters with the gap before each, ranks, elements of a wave.
 LAYOUTS = {

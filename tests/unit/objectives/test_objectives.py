@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from laver_mcore.data.batch import Batch, collate
-from laver_mcore.data.prompt import IGNORE, EncodedSample
+from laver_mcore.data.sequence.batch import Batch, collate
+from laver_mcore.data.sequence.prompt import IGNORE, EncodedSample
 from laver_mcore.model.laver import LaverOutput
 from laver_mcore.objectives.gram import gram_sum, num_gram_matrices
 from laver_mcore.objectives.latent import latent_sum

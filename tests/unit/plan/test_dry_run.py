@@ -7,8 +7,8 @@ import pytest
 from laver_mcore.accounting.devices import GPUS
 from laver_mcore.accounting.tables import in_units, memory_table
 from laver_mcore.accounting.typical import typical_mix
+from laver_mcore.cli.dry_run import _step_lines
 from laver_mcore.config.load import from_recipe, resolve
-from laver_mcore.dry_run import _step_lines
 from laver_mcore.plan.layouts import Layout
 from laver_mcore.plan.predict import Setting, predict
 

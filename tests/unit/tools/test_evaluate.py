@@ -11,9 +11,9 @@ from sample_run import WORDS, write_tokenizer
 
 from laver_mcore import generate as generation
 from laver_mcore.config.schema import Config, DataConfig
-from laver_mcore.data.images import PatchImageProcessor
-from laver_mcore.data.records import load_records
-from laver_mcore.data.tokenizer import load_tokenizer
+from laver_mcore.data.images.processors import PatchImageProcessor
+from laver_mcore.data.records.sample import load_records
+from laver_mcore.data.sequence.tokenizer import load_tokenizer
 from tools.evaluate import Arguments, answer
 from tools.run_demo import digit_accuracy
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from sample_run import write_recipe, write_sample_data
 
-from laver_mcore.build import build_data, build_tokenizer
 from laver_mcore.config.load import parse
+from laver_mcore.train.build import build_data, build_tokenizer
 
 ROOT = Path(__file__).parents[3]
 

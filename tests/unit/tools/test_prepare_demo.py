@@ -8,9 +8,9 @@ import pytest
 import sentencepiece
 from PIL import Image
 
-from laver_mcore.data.prompt import encode_sample
-from laver_mcore.data.records import load_records
-from laver_mcore.data.tokenizer import load_tokenizer
+from laver_mcore.data.records.sample import load_records
+from laver_mcore.data.sequence.prompt import encode_sample
+from laver_mcore.data.sequence.tokenizer import load_tokenizer
 from laver_mcore.demo import conversations
 from laver_mcore.demo.pages import (
     PHOTOGRAPHS,

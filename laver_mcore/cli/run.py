@@ -1,0 +1,180 @@
+"""A training run from beginning to end: join, validate, build, resume, train, leave."""
+
+import contextlib
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from laver_kernels.backend import decide
+from laver_mcore.config.checks import ConfigError, check_world
+from laver_mcore.config.load import to_yaml
+from laver_mcore.config.schema import Config
+from laver_mcore.megatron import checkpoints, parallel
+from laver_mcore.model.parameters import format_trainable
+from laver_mcore.train import checkpoint
+from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
+from laver_mcore.train.checkpoint import Progress
+from laver_mcore.train.engine import Engine
+from laver_mcore.train.exit_signal import ExitSignal
+from laver_mcore.train.loop import train
+from laver_mcore.train.metrics import Metrics
+
+_MAY_CHANGE = {
+    "run": None,
+    "laver": {"teacher_precision"},
+    "parallel": None,
+    "data": {"num_workers", "worker_timeout", "decode_threads", "max_bad_fraction", "index_folder"},
+    "train": {"train_iters", "micro_batch_size", "global_batch_size", "kernels", "transformer_impl"},
+}
+"""What a resumed run may change: any key of a section (None), or the named ones."""
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first key in which two recipes differ beyond what a resume may change, as `section.key was A, now B`.
+
+    A key that `old` does not have is newer than its run, which went as by default.
+    """
+    defaults = yaml.safe_load(to_yaml(Config()))
+    for section, values in new.items():
+        allowed = _MAY_CHANGE.get(section, set())
+        if allowed is None:
+            continue
+        for key, value in values.items():
+            before = old.get(section, {}).get(key, defaults[section][key])
+            if key not in allowed and before != value:
+                return f"{section}.{key} was {before!r}, now {value!r}"
+    return None
+
+
+def check_save_folder(config: Config) -> None:
+    """Refuse to write over a run that is not the one being resumed."""
+    if not config.run.save:
+        return
+    directory = Path(config.run.save)
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"save={directory} is a file; choose a folder")
+    recipe = directory / "config.yaml"
+    if not recipe.is_file() and checkpoints.latest_iteration(directory) is None:
+        return
+    difference = None
+    if recipe.is_file():
+        old = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        difference = first_difference(old, yaml.safe_load(to_yaml(config)))
+    if difference is not None:
+        raise ConfigError(
+            f"{directory} holds a run of another recipe ({difference}); choose another --save folder"
+        )
+    if config.run.load is None or Path(config.run.load).resolve() != directory.resolve():
+        raise ConfigError(
+            f"{directory} already holds a run; resume it with --load {directory}, or choose another --save"
+        )
+
+
+def check_machine(config: Config, device: torch.device) -> None:
+    """Refuse what is not installed here, or cannot run on `device`, before it is needed halfway."""
+    if config.run.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("wandb_project needs Weights & Biases; `pip install wandb`, or leave it out")
+    try:
+        decide(config.train.kernels, device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _resume(engine: Engine, config: Config, fingerprint: str) -> Progress:
+    directory = config.run.load
+    if directory is None:
+        return Progress()
+    if checkpoints.latest_iteration(directory) is None:
+        if directory != config.run.save and not Path(directory).is_dir():
+            raise ConfigError(f"load={directory} does not exist")
+        _say(f"no checkpoint in {directory} yet: starting from iteration 0", engine.topology.is_last_rank)
+        return Progress()
+    progress = checkpoint.load(engine, directory, fingerprint)
+    _say(f"resumed from {directory} at iteration {progress.iteration}", engine.topology.is_last_rank)
+    return progress
+
+
+def skip_ahead(progress: Progress, config: Config) -> Progress:
+    """`progress` with the data moved on to step `skip_to`; ConfigError for a step that was trained on already."""
+    skip_to, batch = config.run.skip_to, config.train.global_batch_size
+    if skip_to is None:
+        return progress
+    if skip_to * batch < progress.consumed_rows:
+        raise ConfigError(
+            f"skip_to={skip_to} lies behind step {progress.consumed_rows // batch}, where the run stands; "
+            "leave it out to go on there"
+        )
+    return replace(progress, consumed_rows=skip_to * batch)
+
+
+def _say(message: str, speaks: bool) -> None:
+    if speaks:
+        print(message, flush=True)
+
+
+def run(config: Config) -> int:
+    """Train as `config` says; returns the exit status 0. Bad input raises before anything is written.
+
+    The process groups of several ranks are left as they are: end the process with `console.run_and_leave`.
+    """
+    device = parallel.init_distributed()
+    try:
+        train_run(config, device)
+        dist.barrier()  # nobody leaves while others need it
+    finally:
+        if dist.get_world_size() == 1:
+            parallel.shut_down()
+    return 0
+
+
+def train_run(config: Config, device: torch.device) -> Engine:
+    """The run inside process groups that are joined already; returns the trained engine."""
+    check_world(config, dist.get_world_size())
+    check_machine(config, device)
+    check_save_folder(config)
+    tokenizer = build_tokenizer(config)
+    data = build_data(config, tokenizer, device)
+    topology = parallel.build_topology(config.parallel, device)
+    engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer))
+    progress = _resume(engine, config, data.fingerprint())
+    progress = skip_ahead(progress, config)
+    dist.barrier()  # nobody writes before everybody has looked
+    _announce(engine, str(decide(config.train.kernels, device)), len(data.samples), report)
+    if config.run.save and topology.rank == 0:
+        Path(config.run.save).mkdir(parents=True, exist_ok=True)
+        (Path(config.run.save) / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    metrics = Metrics(config, progress.iteration) if topology.is_last_rank else None
+    try:
+        with ExitSignal() if config.run.exit_signal_handler else contextlib.nullcontext() as exit_signal:
+            told = exit_signal.received if exit_signal is not None else lambda: False
+            stopped = train(engine, data, progress, metrics, told)
+        if exit_signal is not None and exit_signal.seen:
+            where = (
+                f"saved in {config.run.save}" if config.run.save else "nothing saved, for there is no --save"
+            )
+            _say(f"told to stop after iteration {stopped.iteration}: {where}", topology.is_last_rank)
+    finally:
+        if metrics is not None:
+            metrics.close()
+    return engine
+
+
+def _announce(engine: Engine, kernels: str, num_samples: int, report: Any) -> None:
+    topology, config = engine.topology, engine.config
+    lines = [
+        f"{config.model.model}: {num_samples:,} dialogues, {config.train.train_iters:,} iterations of "
+        f"{config.train.global_batch_size} rows x {config.data.seq_length} tokens",
+        f"TP {topology.tp_size} x PP {topology.pp_size} x CP {topology.cp_size} x DP {topology.dp_size} on "
+        f"{topology.device.type}, kernels: {kernels}, LaVer {'on' if config.laver.laver else 'off'}",
+        format_trainable(report.trainable),
+    ]
+    if report.fresh:
+        lines.append(
+            f"not in {config.run.pretrained_checkpoint}, freshly initialised: {', '.join(report.fresh)}"
+        )
+    _say("\n".join(lines), topology.is_last_rank)

@@ -1,0 +1,255 @@
+"""What has to be known of every sample beforehand: where it lies, its tokens, the size of its images.
+
+Measured once, in parallel, with a progress bar, and kept beside the data (`.laver_index/`) under a digest of
+the records, the tokenizer and the system prompt; every rank then maps the same files. Image tokens are not
+part of it: they follow from the sizes, so another vision tower or resolution needs no new index.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from laver_mcore.data.errors import DataError
+from laver_mcore.data.images.decode import encoded_size, image_size
+from laver_mcore.data.images.source import TarMember, read_image_bytes
+from laver_mcore.data.records.sample import Sample, UniqueKeys
+from laver_mcore.data.records.sources import Source
+from laver_mcore.data.sequence.prompt import encode_sample
+from laver_mcore.data.sequence.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+FOLDER = ".laver_index"
+_VERSION = 1
+_CHUNK = 256  # samples measured at a time
+_CACHED_FROM = 2000  # samples; a smaller set is measured faster than it is found
+_ARRAYS = ("locators", "text_lengths", "image_starts", "image_sizes", "key_starts", "keys")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SourceIndex:
+    """Measurements of one source. Shapes: n = usable samples, I = their images, k = integers of a locator."""
+
+    source: Source
+    locators: np.ndarray  # int64 [n, k]
+    text_lengths: np.ndarray  # int32 [n], all tokens but the visual ones
+    image_starts: np.ndarray  # int64 [n + 1]: sample s has images [image_starts[s], image_starts[s + 1])
+    image_sizes: np.ndarray  # int32 [I, 2]: width, height in pixels
+    key_starts: np.ndarray  # int64 [n + 1], into keys
+    keys: np.ndarray  # uint8, UTF-8
+    bad: tuple[tuple[str, str], ...] = ()  # (where, reason) of samples that cannot be used
+    folder: Path | None = field(default=None)  # where the arrays are mapped from
+
+    def __len__(self) -> int:
+        return len(self.locators)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.folder is not None:  # a worker maps the same files
+            return load_index, (self.source, self.folder)
+        return _restore, (dict(vars(self)),)
+
+    def key(self, number: int) -> str:
+        """The key of one sample, unique within the source."""
+        return bytes(self.keys[self.key_starts[number] : self.key_starts[number + 1]]).decode()
+
+    def sample(self, number: int) -> Sample:
+        """Read one sample from the data."""
+        sample = self.source.read(self.locators[number].tolist())
+        return Sample(key=self.key(number), turns=sample.turns, images=sample.images)
+
+
+def _restore(fields: dict[str, Any]) -> SourceIndex:
+    return SourceIndex(**fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One sample's measurements, or why it cannot be used."""
+
+    name: str
+    locator: tuple[int, ...]
+    text_length: int = 0
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    error: str | None = None
+
+
+def measure(
+    source: Source, locators: Sequence[tuple[int, ...]], tokenizer: Tokenizer, system_prompt: str
+) -> list[Measured]:
+    """Read samples and measure them; bad ones come back with their error."""
+    found = []
+    for locator in locators:
+        try:
+            sample = source.read(locator, check_files=True)
+            sizes = tuple(_image_size(image) for image in sample.images)
+            # Grids of no token: what is left is text, with the two tokens around each image.
+            empty = [(0, 0)] * len(sizes)
+            length = len(encode_sample(sample.turns, empty, tokenizer, system_prompt=system_prompt))
+        except DataError as error:
+            found.append(Measured(name="", locator=locator, error=str(error)))
+        else:
+            found.append(Measured(name=sample.key, locator=locator, text_length=length, image_sizes=sizes))
+    return found
+
+
+def _image_size(image: Any) -> tuple[int, int]:
+    if isinstance(image, TarMember):
+        return image.width, image.height
+    if isinstance(image, Path):
+        return image_size(image)
+    return encoded_size(read_image_bytes(image), str(image))
+
+
+def get_index(
+    source: Source,
+    tokenizer: Tokenizer,
+    system_prompt: str,
+    *,
+    num_workers: int = 0,
+    folder: Path | None = None,
+) -> SourceIndex:
+    """The index of a source: the one kept in `folder`, or a new one, kept there if the source is large.
+
+    Of several processes that ask at once, one measures and the others wait for it.
+    """
+    settings = (_VERSION, source.fingerprint(), tokenizer.fingerprint(), system_prompt)
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=12).hexdigest()
+    target = None if folder is None else folder / f"{source.name}-{digest}"
+    if target is not None and target.is_dir():
+        return load_index(source, target)
+    locators = list(
+        tqdm(source.scan(), desc=f"reading {source.name}", unit=" records", delay=2.0, disable=None)
+    )
+    if target is None or len(locators) < _CACHED_FROM:
+        return _build(source, locators, tokenizer, system_prompt, num_workers)
+    with _locked(target) as writable:
+        if target.is_dir():  # another process has made it meanwhile
+            return load_index(source, target)
+        index = _build(source, locators, tokenizer, system_prompt, num_workers)
+        if not writable:
+            return index
+        _store(index, target)
+    return load_index(source, target)
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[bool]:
+    """Hold the lock of one index; yields whether its folder can be written to."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = target.with_suffix(".lock").open("w")
+    except OSError as error:
+        logger.warning("%s: the index cannot be kept here (%s); every start measures again", target, error)
+        yield False
+        return
+    with file:  # closing it unlocks it; it stays, for deleting it would let two processes hold it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield True
+
+
+def _build(
+    source: Source,
+    locators: list[tuple[int, ...]],
+    tokenizer: Tokenizer,
+    system_prompt: str,
+    num_workers: int,
+) -> SourceIndex:
+    if not locators:
+        raise DataError(f"{getattr(source, 'path', source.name)}: holds no records")
+    bar = tqdm(total=len(locators), desc=f"measuring {source.name}", unit=" samples", delay=2.0, disable=None)
+    results: list[Measured] = []
+    with bar:
+        for chunk in _measure_all(source, locators, tokenizer, system_prompt, num_workers):
+            results.extend(chunk)
+            bar.update(len(chunk))
+    return _assemble(source, results)
+
+
+def _measure_all(
+    source: Source,
+    locators: list[tuple[int, ...]],
+    tokenizer: Tokenizer,
+    system_prompt: str,
+    num_workers: int,
+) -> Iterator[list[Measured]]:
+    chunks = _chunks(locators)
+    if num_workers == 0 or len(locators) <= 8 * _CHUNK:
+        for chunk in chunks:
+            yield measure(source, chunk, tokenizer, system_prompt)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        num_workers, mp_context=spawn, initializer=_start, initargs=(source, tokenizer, system_prompt)
+    ) as pool:
+        yield from pool.map(_measure_here, chunks)
+
+
+_state: tuple[Source, Tokenizer, str]  # of a measuring process; set once, by `_start`
+
+
+def _start(source: Source, tokenizer: Tokenizer, system_prompt: str) -> None:
+    global _state
+    _state = (source, tokenizer, system_prompt)
+
+
+def _measure_here(locators: Sequence[tuple[int, ...]]) -> list[Measured]:
+    source, tokenizer, system_prompt = _state
+    return measure(source, locators, tokenizer, system_prompt)
+
+
+def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, _CHUNK)):
+        yield chunk
+
+
+def _assemble(source: Source, results: list[Measured]) -> SourceIndex:
+    good = [result for result in results if result.error is None]
+    unique = UniqueKeys()
+    keys = [unique(result.name).encode() for result in good]
+    width = len(results[0].locator)
+    return SourceIndex(
+        source=source,
+        locators=np.array([r.locator for r in good], dtype=np.int64).reshape(-1, width),
+        text_lengths=np.array([r.text_length for r in good], dtype=np.int32),
+        image_starts=np.cumsum([0, *(len(r.image_sizes) for r in good)], dtype=np.int64),
+        image_sizes=np.array([s for r in good for s in r.image_sizes], dtype=np.int32).reshape(-1, 2),
+        key_starts=np.cumsum([0, *map(len, keys)], dtype=np.int64),
+        keys=np.frombuffer(b"".join(keys), dtype=np.uint8),
+        bad=tuple((f"{source.name}{list(r.locator)}", r.error) for r in results if r.error is not None),
+    )
+
+
+def _store(index: SourceIndex, target: Path) -> None:
+    """Write all files, then make them visible at once."""
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in _ARRAYS:
+        np.save(partial / f"{name}.npy", getattr(index, name))
+    (partial / "bad.json").write_text(json.dumps(index.bad), encoding="utf-8")
+    partial.replace(target)
+
+
+def load_index(source: Source, folder: Path) -> SourceIndex:
+    """Map an index that was stored; DataError when it is damaged."""
+    try:
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+        bad = tuple((where, reason) for where, reason in json.loads((folder / "bad.json").read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: damaged index ({error}); delete the folder") from None
+    return SourceIndex(source=source, bad=bad, folder=folder, **arrays)

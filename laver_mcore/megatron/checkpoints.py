@@ -1,0 +1,46 @@
+"""Where Megatron's checkpoints lie, which one is the newest, and what says that two are of one model."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.schema import Config
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be used; the message is one line."""
+
+
+def checkpoint_folder(directory: str | Path, iteration: int) -> Path:
+    """Folder of one checkpoint, as Megatron names it."""
+    return Path(directory) / f"iter_{iteration:07d}"
+
+
+def latest_iteration(directory: str | Path) -> int | None:
+    """Iteration of the newest complete checkpoint under `directory`, or None."""
+    tracker = Path(directory) / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(encoding="utf-8").strip()
+    if not text.isdigit():
+        raise CheckpointError(f"{tracker} holds {text!r}, not an iteration number")
+    return int(text)
+
+
+def identity(config: Config, vocab_size: int) -> dict[str, Any]:
+    """What a checkpoint must share with the run that loads it."""
+    model = asdict(config.model)
+    names = (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "untie_embeddings_and_output_weights",
+    )
+    shape = {name: model[name] for name in names}
+    return {**shape, "vocab_size": vocab_size, "vision": config.vision.vision}

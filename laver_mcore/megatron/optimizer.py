@@ -1,0 +1,215 @@
+"""Megatron's optimizer for the model chunks, and where it keeps the fp32 master weights."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from laver_mcore.config.schema import Config
+from laver_mcore.megatron.parallel import Topology
+from laver_mcore.megatron.weight_shards import Bucket
+
+
+def build_optimizer(config: Config, models: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Adam as Megatron builds it: plain, mixed precision or distributed, fused where apex or TE is installed."""
+    settings = config.optimizer
+    mcore = McoreOptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.train.bf16,
+        params_dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        log_num_zeros_in_grad=False,
+    )
+    optimizer = get_megatron_optimizer(mcore, models)
+    _use_fused_adam(optimizer)
+    return optimizer
+
+
+def set_rates(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: float) -> None:
+    """Give every parameter group the learning rate and weight decay of this step.
+
+    Megatron marks groups without decay (biases and norms) by a multiplier, and leaves it to its own scheduler to
+    multiply.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def used_learning_rate(optimizer: MegatronOptimizer, topology: Topology) -> torch.Tensor:
+    """The rate that the optimizer works with, read back from its groups without their multipliers, fp64 scalar.
+
+    The same on every rank of the model: on a pipeline stage where nothing trains there is no group to read.
+    """
+    groups = [group for part in _working_parts(optimizer) for group in part.optimizer.param_groups]
+    rates = [group["lr"] / group.get("lr_mult", 1.0) for group in groups]
+    rate = torch.full((), max(rates, default=0.0), dtype=torch.float64, device=topology.device)
+    if topology.pp_size > 1:
+        dist.all_reduce(rate, op=dist.ReduceOp.MAX, group=topology.pp_group)
+    return rate
+
+
+def apply_gradients(optimizer: MegatronOptimizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip and step; returns (global gradient norm before clipping, whether the weights were changed), on the device.
+
+    A norm that is not finite leaves weights and optimizer state as they were: the step is skipped. The norm is the
+    same number on every rank, and so is the decision. Torch's fused Adam takes both clipping and the decision from the
+    device; the host waits for the norm only where apex's or Transformer Engine's Adam is in use.
+    """
+    optimizer.prepare_grads()
+    norm = _gradient_norm(optimizer)
+    applied = torch.isfinite(norm)
+    parts = _working_parts(optimizer)
+    if all(isinstance(part.optimizer, torch.optim.Adam) for part in parts):
+        for part in parts:
+            inner, limit = part.optimizer, part.config.clip_grad
+            inner.found_inf = (~applied).float()
+            inner.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0) if limit > 0.0 else None
+        optimizer.step_with_ready_grads()
+    elif bool(applied):
+        for part in parts:
+            if part.config.clip_grad > 0.0:
+                clip_grad_by_total_norm_fp32(
+                    part.get_parameters(), max_norm=part.config.clip_grad, total_norm=float(norm)
+                )
+        optimizer.step_with_ready_grads()
+    return norm, applied
+
+
+def _gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """Euclidean norm of all gradients of the model, each counted once, fp32 scalar on the device."""
+    total = torch.zeros((), device=torch.cuda.current_device())
+    for part in _parts(optimizer):
+        grads = part.get_main_grads_for_grad_norm()
+        squares = torch.zeros_like(total)
+        if grads:
+            squares += torch.stack(torch._foreach_norm(grads)).square().sum()
+        dist.all_reduce(squares, group=part.get_grad_stats_parallel_group())
+        total += squares
+    return total.sqrt()
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _working_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """Those that have parameters: on a pipeline stage where nothing trains there is a stub."""
+    return [part for part in _parts(optimizer) if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
+    """Let torch's Adam, where Megatron falls back to it, run as one kernel that can skip a step by itself."""
+    for part in _working_parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.Adam):
+            for group in part.optimizer.param_groups:
+                group["fused"], group["foreach"] = True, None
+
+
+def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    return [part for part in _working_parts(optimizer) if isinstance(part, DistributedOptimizer)]
+
+
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Give a fresh distributed optimizer its moments, so that a checkpoint can be loaded into them.
+
+    Megatron allocates them itself for apex's and Transformer Engine's Adam; with torch's it reads the step count of a
+    state that is not there yet. The values do not matter: weights, moments and step count are all loaded over them.
+    """
+    for part in _distributed(optimizer):
+        if not part.optimizer.state:
+            part._init_optimizer_states_with_dummy_values()
+
+
+@contextlib.contextmanager
+def coalesced_offsets(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Make Megatron-Core 0.16.1 save the moments of the right parameters.
+
+    It gathers the buckets of a buffer into one tensor without the padding between them, and then cuts parameters out
+    of it at offsets that count the padding: with more than one bucket (tied embeddings under pipeline parallelism,
+    overlapped reduction) moments are shifted. Inside this context the offsets leave the padding out as well.
+    """
+    buffers = [buffer for part in _distributed(optimizer) for buffer in part.buffers]
+    originals = [buffer.param_index_map for buffer in buffers]
+    try:
+        for buffer in buffers:
+            shifts, coalesced = [], 0
+            for (start, _), bucket in zip(buffer.bucket_indices, buffer.buckets, strict=True):
+                shifts.append(start - coalesced)
+                coalesced += bucket.numel_unpadded
+            buffer.param_index_map = {
+                parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
+                for parameter, (start, end, bucket) in buffer.param_index_map.items()
+            }
+        yield
+    finally:
+        for buffer, original in zip(buffers, originals, strict=True):
+            buffer.param_index_map = original
+
+
+def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Put a loaded state (`sharded_state_dict` after loading) into the optimizer.
+
+    Megatron's loader of sharded moments expects a tensor for every entry of the state, and torch's Adam keeps a step
+    count there that is stored elsewhere: it is set aside meanwhile. Megatron also gives all parameters one and the same
+    step tensor, which torch would then advance once per parameter: each gets its own.
+    """
+    parts = _distributed(optimizer)
+    if not parts:
+        optimizer.load_state_dict(state)
+        _use_fused_adam(optimizer)  # the saved groups may say otherwise
+        return
+    (part,) = parts
+    moments = state.pop("param_state")
+    part.load_state_dict(state)
+    steps = {p: values.pop("step") for p, values in part.optimizer.state.items() if "step" in values}
+    part.load_parameter_state_from_fully_reshardable(moments)
+    for parameter, step in steps.items():
+        part.optimizer.state[parameter]["step"] = step.to(parameter.device, torch.float32, copy=True)
+    _use_fused_adam(optimizer)
+
+
+def weight_buckets(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> list[Bucket]:
+    """How this rank's trainable parameters are cut into fp32 masters: the distributed optimizer's shards, or not."""
+    parts = _distributed(optimizer)
+    if not parts:
+        trainable = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+        return [Bucket(places={p: (0, p.numel())}, numel=p.numel(), group=None) for p in trainable]
+    return [
+        Bucket(
+            places={
+                parameter: (start - bucket.offset, end - bucket.offset)
+                for parameter, (start, end, index) in buffer.param_index_map.items()
+                if index == bucket.bucket_id
+            },
+            numel=bucket.grad_data.numel(),
+            group=part.data_parallel_group,
+        )
+        for part in parts
+        for buffer in part.buffers
+        for bucket in buffer.buckets
+    ]
+
+
+def master_shard(parameter: torch.nn.Parameter, start: int, stop: int) -> torch.Tensor:
+    """Elements [start, stop) of the flattened fp32 master of `parameter`, which `weight_buckets` says are kept here."""
+    if parameter.dtype == torch.float32:
+        return parameter.detach().view(-1)[start:stop]  # is its own master, whole on every rank
+    master: torch.Tensor = parameter.main_param.detach().view(-1)  # type: ignore[attr-defined]
+    assert master.numel() == stop - start
+    return master

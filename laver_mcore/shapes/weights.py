@@ -1,0 +1,129 @@
+"""Every weight of the model from the recipe alone: name, shape, place in the pipeline, and what it multiplies.
+
+Names are those of the run under Megatron's local layers; Transformer Engine calls the norms of a layer otherwise.
+"""
+
+import fnmatch
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from laver_mcore.config.schema import Config, LaverConfig, ModelConfig, VisionConfig
+from laver_mcore.shapes.towers import tower_shape, tower_weights
+
+AVERAGED = ("language_model.", "vision_head.")
+"""Parts that the EMA teacher averages."""
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+HEAD = "language_model.output_layer.weight"
+LAYERS = "language_model.decoder.layers"
+
+Place = Literal["first", "layer", "last"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One parameter, whole. `rows` names the rows that a matrix is multiplied with, None for what is no matrix."""
+
+    name: str
+    shape: tuple[int, ...]
+    trains: bool
+    place: Place
+    layer: int = -1
+    """Decoder layer, counted over the whole model; -1 elsewhere."""
+    split: bool = False
+    """Whether tensor parallelism cuts it."""
+    rows: Literal["patches", "visual", "decoder", "latent", "logits"] | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return math.prod(self.shape)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the teacher keeps an average of it; one that does not train is its own average."""
+        return self.trains and self.name.startswith(AVERAGED)
+
+
+def padded_vocab(vocab_size: int, config: Config) -> int:
+    """The vocabulary as the ranks hold it: padded so that tensor parallelism divides it."""
+    multiple = config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def list_weights(config: Config, vocab_size: int) -> tuple[Weight, ...]:
+    """All weights in the order of the forward pass: tower, connector, embedding, layers, heads.
+
+    A tied embedding appears once. `vocab_size` is the one before padding; the weights are padded.
+    """
+    return _list_weights(
+        config.model, config.vision, config.laver, config.train.trainable, padded_vocab(vocab_size, config)
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _list_weights(
+    model: ModelConfig, vision: VisionConfig, laver: LaverConfig, trainable: tuple[str, ...], vocabulary: int
+) -> tuple[Weight, ...]:
+    return tuple(
+        Weight(name=name, shape=shape, trains=_matches(name, trainable), **rest)
+        for name, shape, rest in _entries(model, vision, laver, vocabulary)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _entries(
+    model: ModelConfig, vision: VisionConfig, laver: LaverConfig, vocabulary: int
+) -> Iterator[tuple[str, tuple[int, ...], dict]]:
+    assert model.hidden_size and model.num_layers
+    width = model.hidden_size
+    inner = vision.connector_hidden_size or width
+    tower = tower_shape(vision)
+    first: dict = dict(place="first")
+    connector = []
+    if tower is not None:
+        for name, shape, rows in tower_weights(tower):
+            yield f"vision_encoder.tower.{name}", shape, dict(rows=rows, **first)
+        connector = [(inner, tower.output_width), (width, inner)]
+    elif vision.vision == "encoder-free":
+        connector = [(inner, 3 * vision.patch_size**2), (inner, inner), (width, inner)]
+    for i, shape in enumerate(connector):
+        yield f"connector.layers.{2 * i}.weight", shape, dict(rows="visual", **first)
+        yield f"connector.layers.{2 * i}.bias", shape[:1], first
+    if laver.laver and vision.vision != "none":
+        yield "mask_token", (width,), first
+    yield EMBEDDING, (vocabulary, width), dict(split=True, **first)
+    for layer in range(model.num_layers):
+        for name, shape, rest in _decoder_layer(model):
+            yield f"{LAYERS}.{layer}.{name}", shape, dict(place="layer", layer=layer, **rest)
+    yield "language_model.decoder.final_layernorm.weight", (width,), dict(place="last")
+    if model.untie_embeddings_and_output_weights:
+        yield HEAD, (vocabulary, width), dict(place="last", split=True, rows="logits")
+    if laver.laver:
+        head = laver.vision_head_hidden_size
+        for i, shape in enumerate([(head, width), (head, head), (width, head)]):
+            yield f"vision_head.layers.{2 * i}.weight", shape, dict(place="last", rows="latent")
+            if i < 2:
+                yield f"vision_head.layers.{2 * i}.bias", shape[:1], dict(place="last")
+
+
+def _decoder_layer(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], dict]]:
+    assert model.hidden_size and model.ffn_hidden_size and model.kv_channels
+    assert model.num_attention_heads and model.num_query_groups
+    width, ffn = model.hidden_size, model.ffn_hidden_size
+    queries = model.num_attention_heads * model.kv_channels
+    qkv = queries + 2 * model.num_query_groups * model.kv_channels
+    matrix: dict = dict(split=True, rows="decoder")
+    yield "input_layernorm.weight", (width,), {}
+    yield "self_attention.linear_qkv.weight", (qkv, width), matrix
+    yield "self_attention.linear_qkv.bias", (qkv,), dict(split=True)
+    yield "self_attention.linear_proj.weight", (width, queries), matrix
+    yield "pre_mlp_layernorm.weight", (width,), {}
+    yield "mlp.linear_fc1.weight", (2 * ffn, width), matrix
+    yield "mlp.linear_fc2.weight", (width, ffn), matrix

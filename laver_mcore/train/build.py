@@ -1,0 +1,237 @@
+"""The only place where objects are wired: configuration -> data, model, optimizer, teacher."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from laver_kernels.backend import decide
+from laver_mcore.accounting.training_cost import training_cost
+from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.schema import Config
+from laver_mcore.convert.decoder import check_weights
+from laver_mcore.convert.safetensors_directory import open_weights
+from laver_mcore.convert.weights import load_hf_weights
+from laver_mcore.data.images.native import native_processor
+from laver_mcore.data.images.processors import FixedImageProcessor, ImageProcessor, PatchImageProcessor
+from laver_mcore.data.records.finevision import RatingFilter
+from laver_mcore.data.sequence.tokenizer import Tokenizer, load_tokenizer
+from laver_mcore.data.serve.loader import DialogueData
+from laver_mcore.megatron.optimizer import build_optimizer, weight_buckets
+from laver_mcore.megatron.parallel import Topology
+from laver_mcore.model.initialize import initialize
+from laver_mcore.model.inputs import AttentionGeometry
+from laver_mcore.model.laver import LaverModel
+from laver_mcore.model.layer_spec import transformer_config
+from laver_mcore.model.native_encoders import NATIVE
+from laver_mcore.model.network import Network
+from laver_mcore.model.parameters import freeze, unwrap
+from laver_mcore.model.teacher import Teacher
+from laver_mcore.model.vision_encoders import read_patch_size
+from laver_mcore.train import checkpoint
+from laver_mcore.train.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What building the model found out, for the lines printed at the start."""
+
+    trainable: list[tuple[str, int, int]]
+    fresh: list[str]
+
+
+def build_tokenizer(config: Config) -> Tokenizer:
+    """The recipe's tokenizer."""
+    assert config.data.tokenizer_model is not None
+    return load_tokenizer(config.data.tokenizer_model)
+
+
+def build_image_processor(config: Config) -> ImageProcessor | None:
+    """How images become the pixels that the recipe's visual path wants; None for text alone."""
+    vision = config.vision
+    if vision.vision == "none":
+        return None
+    if vision.vision == "encoder-free":
+        return PatchImageProcessor(image_size=vision.image_size, patch_size=vision.patch_size)
+    assert vision.vision_path is not None
+    if vision.vision in NATIVE:
+        return native_processor(
+            vision.vision, vision.vision_path, min_pixels=vision.min_pixels, max_pixels=vision.max_pixels
+        )
+    return FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
+
+
+def build_data(config: Config, tokenizer: Tokenizer, device: torch.device | None = None) -> DialogueData:
+    """The recipe's data, read and validated whole; batches go to `device`."""
+    data = config.data
+    return DialogueData(
+        list(data.data_path),
+        image_folder=data.image_folder,
+        tokenizer=tokenizer,
+        image_processor=build_image_processor(config),
+        seq_length=data.seq_length,
+        seed=config.train.seed,
+        system_prompt=data.system_prompt,
+        overlong=data.overlong,
+        weights=data.data_weights or None,
+        packing_window=data.packing_window,
+        cost=training_cost(config, resolve_vocab_size(config, tokenizer)),
+        image_backend=data.image_backend,
+        ratings=RatingFilter(
+            relevance=data.min_relevance,
+            visual_dependency=data.min_visual_dependency,
+            image_correspondence=data.min_image_correspondence,
+            formatting=data.min_formatting,
+        ),
+        num_workers=data.num_workers,
+        worker_timeout=data.worker_timeout,
+        decode_threads=data.decode_threads,
+        max_bad_fraction=data.max_bad_fraction,
+        quarantine=Path(config.run.save) / "quarantine.jsonl" if config.run.save else None,
+        index_folder=Path(data.index_folder) if data.index_folder else None,
+        device=device,
+    )
+
+
+def resolve_vocab_size(config: Config, tokenizer: Tokenizer) -> int:
+    """The model's vocabulary before padding: the recipe's or preset's, else the tokenizer's."""
+    wanted = config.model.vocab_size
+    if wanted is None:
+        return tokenizer.vocab_size
+    if tokenizer.vocab_size > wanted:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, vocab_size is {wanted}; use the model's own tokenizer"
+        )
+    return wanted
+
+
+def with_kernels(config: Config, device: torch.device) -> Config:
+    """The recipe with kernels `auto` decided for this device: once here, not by every operation on every rank."""
+    kernels = decide(config.train.kernels, device).impl
+    return replace(config, train=replace(config.train, kernels=kernels))
+
+
+def build_chunks(config: Config, topology: Topology, vocab_size: int) -> list[LaverModel]:
+    """This rank's pipeline chunks with unset weights."""
+    mcore = transformer_config(config)
+    stages: list[int | None] = list(range(topology.vp_size)) if topology.vp_size else [None]
+    return [LaverModel(config, mcore, topology, vocab_size, vp_stage=stage) for stage in stages]
+
+
+def finalize_grads(
+    models: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **groups: object
+) -> None:
+    """Megatron's gradient reductions, then the sum over TP for parameters that saw a share of the images each.
+
+    `num_tokens` is Megatron's own divisor; here losses are divided by their global counts before the backward.
+    """
+    finalize_model_grads(models, None, **groups)
+    shared = [
+        parameter
+        for model in models
+        for parameter in unwrap(model).parameters()
+        if parameter.requires_grad and getattr(parameter, "shared_over_tp", False)
+    ]
+    tp_group = unwrap(models[0]).tp_group
+    if not shared or tp_group.size() == 1:
+        return
+    grads = [parameter.main_grad for parameter in shared]
+    flat = _flatten_dense_tensors(grads)
+    torch.distributed.all_reduce(flat, group=tp_group)
+    for grad, summed in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
+        grad.copy_(summed)
+
+
+def _wrap(config: Config, chunks: list[LaverModel]) -> list[DistributedDataParallel]:
+    parallel = config.parallel
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    mcore = chunks[0].config
+    models = [
+        DistributedDataParallel(mcore, settings, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+    mcore.finalize_model_grads_func = finalize_grads
+    if parallel.overlap_grad_reduce:
+        syncs = [model.no_sync for model in models]
+        mcore.no_sync_func = syncs if len(models) > 1 else syncs[0]
+        if len(models) > 1:
+            mcore.grad_sync_func = [model.start_grad_sync for model in models]
+    return models
+
+
+def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[Engine, BuildReport]:
+    """Model, optimizer and teacher of this rank; weights random, of `pretrained_checkpoint`, or of `hf_path`."""
+    config = with_kernels(config, topology.device)
+    chunks = build_chunks(config, topology, vocab_size)
+    initialize(chunks, config.model, vocab_size, config.train.seed, topology)
+    fresh = []
+    if config.run.pretrained_checkpoint:
+        fresh = checkpoint.load_weights(chunks, config, vocab_size, config.run.pretrained_checkpoint)
+    elif config.run.hf_path:
+        weights = open_weights(config.run.hf_path, allow_pickle=config.run.allow_pickle)
+        check_weights(weights, config.model, vocab_size, config.run.hf_path)
+        load_hf_weights(chunks, config.model, vocab_size, topology, weights)
+    trainable = freeze(chunks, config.train.trainable, topology)
+    models = _wrap(config, chunks)
+    optimizer = build_optimizer(config, models)
+    teacher = None
+    if config.laver.laver:
+        teacher = Teacher(
+            chunks,
+            topology,
+            weight_buckets(chunks, optimizer),
+            config.train.kernels,
+            offload=config.laver.offload_teacher,
+        )
+    engine = Engine(
+        config=config,
+        topology=topology,
+        models=list(models),
+        optimizer=optimizer,
+        teacher=teacher,
+        center_K=torch.zeros(chunks[0].config.hidden_size, device=topology.device),
+        geometry=attention_geometry(config),
+        vocab_size=vocab_size,
+    )
+    return engine, BuildReport(trainable=trainable, fresh=fresh)
+
+
+def build_network(config: Config, topology: Topology, vocab_size: int, directory: str | Path) -> Network:
+    """The model alone, with the weights of the newest checkpoint under `directory`."""
+    config = with_kernels(config, topology.device)
+    chunks = build_chunks(config, topology, vocab_size)
+    initialize(chunks, config.model, vocab_size, config.train.seed, topology)
+    checkpoint.load_weights(chunks, config, vocab_size, directory)
+    return Network(
+        config=config,
+        topology=topology,
+        models=list(chunks),
+        geometry=attention_geometry(config),
+        vocab_size=vocab_size,
+    )
+
+
+def attention_geometry(config: Config) -> AttentionGeometry:
+    """Positions and mask as the recipe wants them."""
+    model = config.model
+    assert model.kv_channels is not None
+    assert model.rotary_base is not None
+    assert model.mrope_section is not None
+    return AttentionGeometry(
+        head_dim=model.kv_channels,
+        rotary_base=model.rotary_base,
+        mrope_section=model.mrope_section,
+        rope_2d=config.laver.rope_2d,
+        mixed=config.laver.mixed_attention,
+    )

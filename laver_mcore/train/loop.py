@@ -1,0 +1,204 @@
+"""The training loop: data -> step -> metrics -> checkpoint, until the last iteration."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from laver_mcore.accounting.devices import peak_tflops
+from laver_mcore.accounting.throughput import throughput
+from laver_mcore.accounting.timers import Timers, time_columns
+from laver_mcore.data.sequence.batch import Batch
+from laver_mcore.data.serve.exchange import connect
+from laver_mcore.data.serve.loader import DialogueData
+from laver_mcore.megatron import checkpoints
+from laver_mcore.train import checkpoint, schedules
+from laver_mcore.train.checkpoint import Progress
+from laver_mcore.train.counts import COUNTS, work_of
+from laver_mcore.train.engine import Engine
+from laver_mcore.train.metrics import Metrics
+from laver_mcore.train.profiling import Profiler
+from laver_mcore.train.schedules import Knobs
+from laver_mcore.train.step import MEASURED, StepResult, check_teacher_moved, train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What carries over from step to step besides the engine's tensors; tensors are scalars on the device."""
+
+    progress: Progress
+    skipped: int | torch.Tensor = 0
+    student_moved: bool | torch.Tensor = False
+    """Whether the student has changed since the teacher last moved."""
+    teacher_distance: float = 0.0
+
+
+def _due(iteration: int, interval: int | None) -> bool:
+    return interval is not None and iteration % interval == 0
+
+
+def _after(state: RunState, result: StepResult, knobs: Knobs, engine: Engine) -> RunState:
+    """The state after one step; stops the run if the teacher stood still when it should have moved."""
+    moved: bool | torch.Tensor = state.student_moved | (
+        result.applied & (result.grad_norm > 0.0) & (knobs.learning_rate > 0.0)
+    )
+    distance = state.teacher_distance
+    # Waits for the device, but only when it is the teacher's turn; in a skipped step it did not move.
+    if result.teacher_distance is not None and bool(result.applied):
+        distance = float(result.teacher_distance)
+        teacher_trains = engine.teacher is not None and engine.teacher.trains
+        check_teacher_moved(distance, knobs, bool(moved) and teacher_trains)
+        moved = False
+    progress = Progress(
+        iteration=state.progress.iteration + 1,
+        consumed_rows=state.progress.consumed_rows + engine.config.train.global_batch_size,
+    )
+    return replace(
+        state,
+        progress=progress,
+        skipped=state.skipped + (~result.applied).int(),
+        student_moved=moved,
+        teacher_distance=distance,
+    )
+
+
+def metrics_row(state: RunState, result: StepResult, knobs: Knobs, engine: Engine) -> dict[str, Any]:
+    """Losses and knobs of one iteration; quantities that do not exist in this run are null."""
+    laver = engine.config.laver
+    counts = dict(zip(COUNTS, result.counts.tolist(), strict=True))
+    losses: dict[str, float | None] = dict.fromkeys(MEASURED)
+    if result.losses is not None:
+        losses = dict(zip(MEASURED, result.losses.tolist(), strict=True))
+    on = laver.laver
+    return {
+        "iteration": state.progress.iteration,
+        "loss": losses["loss"],
+        "lm_loss": losses["lm_loss"],
+        "mim_loss": losses["mim_loss"] if on else None,
+        "gram_loss": losses["gram_loss"] if on and laver.gram != "off" else None,
+        "grad_norm": float(result.grad_norm),
+        "learning_rate": float(result.learning_rate),
+        "mask_ratio": knobs.mask_ratio if on else None,
+        "momentum": knobs.momentum if on else None,
+        "teacher_distance": state.teacher_distance if on else None,
+        "visual_similarity": losses["visual_similarity"] if counts["similar_images"] else None,
+        "skipped": int(state.skipped),
+    }
+
+
+class _Interval:
+    """Work and time of the iterations since the last metrics line."""
+
+    def __init__(self, engine: Engine, *, enabled: bool) -> None:
+        self._engine = engine
+        self.timers = Timers(engine.topology.device, enabled=enabled)
+        self._counts: torch.Tensor | None = None
+        self._start, self._steps = time.perf_counter(), 0
+        run, device = engine.config.run, engine.topology.device
+        known = device.type == "cuda" and engine.config.train.bf16
+        self._peak = run.peak_tflops or (peak_tflops(torch.cuda.get_device_name(device)) if known else None)
+
+    def add(self, result: StepResult) -> None:
+        """Take in one step; its counts stay on the device."""
+        self._counts = result.counts if self._counts is None else self._counts + result.counts
+        self._steps += 1
+
+    def restart(self) -> None:
+        """Begin anew, after a metrics line or a checkpoint."""
+        self.timers.take()
+        self._counts, self._steps, self._start = None, 0, time.perf_counter()
+
+    def columns(self, data_wait_ms: float) -> tuple[dict[str, float | None], float]:
+        """Entries of the metrics line, and the seconds of one step; waits for the device."""
+        assert self._counts is not None
+        work, taken, engine = work_of(self._counts.tolist()), self.timers.take(), self._engine
+        seconds = time.perf_counter() - self._start
+        each = seconds / self._steps
+        found = throughput(
+            engine.config, engine.vocab_size, work, seconds, engine.topology.world_size, self._peak
+        )
+        return {
+            "step_seconds": each,
+            "tokens_per_second": work.dialogue_rows / seconds,
+            "images_per_second": work.images / seconds,
+            **found,
+            **time_columns(taken, data_wait_ms, each, self._steps),
+        }, each
+
+
+def _data_start(engine: Engine, progress: Progress) -> int:
+    batch = engine.config.train.global_batch_size
+    if progress.consumed_rows % batch:
+        raise checkpoints.CheckpointError(
+            f"{progress.consumed_rows} rows were consumed, which is no multiple of global_batch_size={batch}; "
+            "resume with a size that divides it"
+        )
+    return progress.consumed_rows // batch
+
+
+def train(
+    engine: Engine,
+    data: DialogueData,
+    progress: Progress,
+    metrics: Metrics | None,
+    told_to_stop: Callable[[], bool] = lambda: False,
+) -> Progress:
+    """Run from `progress` to the end (or `exit_interval`), saving as the recipe asks; returns where it stopped.
+
+    `told_to_stop` is asked once a step on every rank and gives all of them the same answer; the run then ends early.
+    """
+    config, topology = engine.config, engine.topology
+    first = _data_start(engine, progress)
+    steps = data.iterate(
+        first,
+        first + config.train.train_iters - progress.iteration,
+        exchange=connect(topology.replica_group),
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=topology.dp_rank,
+        dp_size=topology.dp_size,
+        image_share=(topology.share, topology.num_shares) if topology.on_first_stage else None,
+    )
+    # A rank that fails must not wait at its exit for data threads that wait for the other ranks.
+    with contextlib.closing(steps):
+        return _train(engine, data, steps, progress, metrics, told_to_stop)
+
+
+def _train(
+    engine: Engine,
+    data: DialogueData,
+    steps: Iterable[list[Batch]],
+    progress: Progress,
+    metrics: Metrics | None,
+    told_to_stop: Callable[[], bool],
+) -> Progress:
+    config, topology, total = engine.config, engine.topology, engine.config.train.train_iters
+    state = RunState(progress=progress)
+    fingerprint = data.fingerprint()
+    saved = progress.iteration
+    profiler, interval = Profiler(config.run, topology.rank), _Interval(engine, enabled=metrics is not None)
+    for batches in steps:
+        knobs = schedules.at(config, state.progress.iteration)
+        profiler.begin(state.progress.iteration + 1)
+        result = train_step(engine, batches, knobs, interval.timers)
+        interval.add(result)
+        state = _after(state, result, knobs, engine)
+        iteration = state.progress.iteration
+        exiting = iteration == total or _due(iteration, config.run.exit_interval) or told_to_stop()
+        profiler.end(iteration, exiting=exiting)
+        if metrics is not None and _due(iteration, config.run.log_interval):
+            row = metrics_row(state, result, knobs, engine)
+            columns, seconds = interval.columns(data.take_wait_ms())
+            metrics.write(row | columns, seconds)
+            interval.restart()
+        if config.run.save and (exiting or _due(iteration, config.run.save_interval)):
+            checkpoint.save(engine, config.run.save, state.progress, fingerprint)
+            saved = iteration
+            interval.restart()
+        if exiting:
+            break
+    assert config.run.save is None or saved == state.progress.iteration
+    return state.progress
