@@ -26,10 +26,10 @@ from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.inputs import model_inputs
 from laver_mcore.objectives.gram import gram_sum
 from laver_mcore.objectives.latent import latent_sum
+from laver_mcore.objectives.laver import draw_masks
 from laver_mcore.train import schedules
 from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
-from laver_mcore.train.counts import image_lengths, student_rows, without_tails
-from laver_mcore.train.step import draw_masks
+from laver_mcore.train.counts import student_rows, without_tails
 
 ARMS = {"fp32": "--no-bf16", "bf16": "--bf16", "fp8": "--bf16 --teacher-precision fp8"}
 """Name -> flags."""
@@ -55,20 +55,20 @@ def see(config: Config, topology: Topology, vocab_size: int, batches: Sequence[B
     batches = without_tails(batches, engine)
     found = []
     for batch, num_rows in zip(batches, student_rows(batches, engine), strict=True):
-        mask = draw_masks(batch, engine, knobs)
+        mask = draw_masks(batch, config.laver, knobs.mask_ratio, seed=config.train.seed, step=knobs.iteration)
         inputs = model_inputs(
             batch, mask, num_rows, geometry=engine.geometry, num_shares=1, device=topology.device
         )
         with torch.no_grad():
             output = engine.chunks[0](inputs, engine.teacher.weights)
-        if output.teacher_NK is None or mask is None:
+        if output.teacher_NK is None:
             continue  # no images
         found.append(
             Seen(
                 student_NK=output.student_NK.float(),
                 targets_NK=output.teacher_NK.float(),
                 masked_rows_M=torch.from_numpy(np.flatnonzero(mask)).to(topology.device),
-                image_lengths=image_lengths(batch),
+                image_lengths=batch.image_lengths,
             )
         )
     return found

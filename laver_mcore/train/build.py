@@ -34,6 +34,8 @@ from laver_mcore.model.network import Network
 from laver_mcore.model.parameters import freeze, unwrap
 from laver_mcore.model.teacher import Teacher
 from laver_mcore.model.vision_encoders import read_patch_size
+from laver_mcore.objectives.laver import Laver
+from laver_mcore.objectives.objective import LanguageModel, Objective
 from laver_mcore.train import checkpoint
 from laver_mcore.train.engine import Engine
 
@@ -185,22 +187,17 @@ def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[E
     trainable = freeze(chunks, config.train.trainable, topology)
     models = _wrap(config, chunks)
     optimizer = build_optimizer(config, models)
-    teacher = None
+    objective: Objective = LanguageModel()
     if config.laver.laver:
-        teacher = Teacher(
-            chunks,
-            topology,
-            weight_buckets(chunks, optimizer),
-            config.train.kernels,
-            offload=config.laver.offload_teacher,
-        )
+        buckets, offload = weight_buckets(chunks, optimizer), config.laver.offload_teacher
+        teacher = Teacher(chunks, topology, buckets, config.train.kernels, offload=offload)
+        objective = Laver(config, topology, teacher)
     engine = Engine(
         config=config,
         topology=topology,
         models=list(models),
         optimizer=optimizer,
-        teacher=teacher,
-        center_K=torch.zeros(chunks[0].config.hidden_size, device=topology.device),
+        objective=objective,
         geometry=attention_geometry(config),
         vocab_size=vocab_size,
     )

@@ -111,12 +111,16 @@ def _optimizer_state(engine: Engine, model: dict[str, Any], *, is_loading: bool)
     return {"optimizer": state}
 
 
-def _center_state(engine: Engine) -> dict[str, Any]:
+def _objective_state(engine: Engine) -> dict[str, Any]:
+    """What the objective keeps on the last stage, the same on all its ranks."""
     topology = engine.topology
-    if engine.teacher is None or not topology.on_last_stage:
+    if not topology.on_last_stage:
         return {}
     replica = (0, topology.tp_rank, topology.dp_cp_group.rank())
-    return {"center": ShardedTensor.from_rank_offsets("teacher_center", engine.center_K, replica_id=replica)}
+    return {
+        name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=replica)
+        for name, tensor in engine.objective.tensors().items()
+    }
 
 
 def _rng_state(engine: Engine) -> ShardedObject:
@@ -152,7 +156,7 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
     state = {
         **model,
         "teacher": _teacher_to_save(engine, model),
-        **_center_state(engine),
+        "objective": _objective_state(engine),
         **_optimizer_state(engine, model, is_loading=False),
         "rng": _rng_state(engine),
         "progress": asdict(progress),
@@ -212,7 +216,7 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
     state = {
         **model,
         "teacher": teacher,
-        **_center_state(engine),
+        "objective": _objective_state(engine),
         **_optimizer_state(engine, model, is_loading=True),
     }
     same_layout = common["layout"] == _layout(engine)
@@ -225,8 +229,8 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
         load_state(engine.optimizer, loaded["optimizer"])
     if engine.teacher is not None:
         engine.teacher.load({owners[name]: whole for name, whole in loaded["teacher"].items()})
-    if "center" in loaded:
-        engine.center_K.copy_(loaded["center"])
+    for name, tensor in engine.objective.tensors().items() if engine.topology.on_last_stage else ():
+        tensor.copy_(loaded["objective"][name])
     if same_layout:
         _restore_rng(loaded["rng"])
     return Progress(**common["progress"])

@@ -4,29 +4,36 @@ The counts follow from the batches on the host, so one small all-reduce is all t
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from laver_mcore.accounting.work import WORK, StepWork, micro_batch_work
+from laver_mcore.accounting.work import StepWork, micro_batch_work
 from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.device import send
 from laver_mcore.model.inputs import num_student_rows, round_up
-from laver_mcore.objectives.gram import num_gram_matrices
+from laver_mcore.objectives.objective import Plan
 from laver_mcore.objectives.similarity import num_similar_images
 from laver_mcore.train.engine import Engine
 from laver_mcore.train.pipeline import even_rows
 
-DIVISORS = ("supervised", "masked", "gram_matrices", "similar_images")
-"""What each loss is divided by, in the order of the losses."""
-COUNTS = (*DIVISORS, *WORK)
+LM_LOSS, SIMILARITY = "lm_loss", "visual_similarity"
 
 
-def image_lengths(batch: Batch) -> tuple[int, ...]:
-    """Visual tokens of every image."""
-    return tuple(h * w for h, w in batch.image_grids)
+def terms(engine: Engine) -> tuple[str, ...]:
+    """What a step sums up and divides by a count of its own: losses, and the likeness of visual tokens."""
+    return (LM_LOSS, *engine.objective.weights, SIMILARITY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Over all micro-batches and data-parallel ranks, on the device."""
+
+    terms: torch.Tensor
+    """What each of `terms` is divided by, float64."""
+    work: torch.Tensor
+    """`StepWork` as `WORK` lists it, float64."""
 
 
 def without_tails(batches: Sequence[Batch], engine: Engine) -> list[Batch]:
@@ -53,37 +60,29 @@ def teacher_rows(batches: Sequence[Batch], students: Sequence[int], engine: Engi
 
 def global_counts(
     batches: Sequence[Batch],
-    masks: Sequence[np.ndarray | None],
+    plans: Sequence[Plan],
     students: Sequence[int],
     teachers: Sequence[int],
     engine: Engine,
-) -> torch.Tensor:
-    """`COUNTS` summed over micro-batches and data-parallel ranks, float64 on the device.
-
-    `students` and `teachers` are the rows of their passes over each micro-batch.
-    """
-    config = engine.config
-    divisors, work = np.zeros(len(DIVISORS)), StepWork()
-    for batch, mask, student, teacher in zip(batches, masks, students, teachers, strict=True):
-        lengths = image_lengths(batch)
-        supervised, masked = len(batch.supervised_rows_M), 0 if mask is None else int(mask.sum())
-        scope = config.laver.gram_scope
-        divisors += (supervised, masked, num_gram_matrices(lengths, scope), num_similar_images(lengths))
+) -> Counts:
+    """One all-reduce; `students` and `teachers` are the rows of their passes over each micro-batch."""
+    names = terms(engine)
+    sums, work = dict.fromkeys(names, 0), StepWork()
+    for batch, plan, student, teacher in zip(batches, plans, students, teachers, strict=True):
+        supervised = len(batch.supervised_rows_M)
+        similar = num_similar_images(batch.image_lengths)
+        found = {LM_LOSS: supervised, **plan.counts, SIMILARITY: similar}
+        sums = {name: sums[name] + found[name] for name in names}
         work += micro_batch_work(
-            config,
+            engine.config,
             document_lengths=batch.document_lengths,
             image_grids=batch.image_grids,
             student_rows=student,
             teacher_rows=teacher,
             supervised_rows=supervised,
-            masked_rows=masked,
+            masked_rows=0 if plan.masked_N is None else int(plan.masked_N.sum()),
         )
-    local = torch.tensor([*divisors, *astuple(work)], dtype=torch.float64)
-    counts = send(local, engine.topology.device)
-    dist.all_reduce(counts, group=engine.topology.dp_group)
-    return counts
-
-
-def work_of(counts: Sequence[float]) -> StepWork:
-    """The work in a list of `COUNTS`."""
-    return StepWork.of(counts[len(DIVISORS) :])
+    local = torch.tensor([*sums.values(), *astuple(work)], dtype=torch.float64)
+    both = send(local, engine.topology.device)
+    dist.all_reduce(both, group=engine.topology.dp_group)
+    return Counts(terms=both[: len(names)], work=both[len(names) :])

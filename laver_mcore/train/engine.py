@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from laver_mcore.model.network import Network
 from laver_mcore.model.teacher import Teacher
+from laver_mcore.objectives.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,9 @@ class Engine(Network):
     """A network in training."""
 
     optimizer: MegatronOptimizer
-    teacher: Teacher | None
-    center_K: torch.Tensor
-    """Running mean of the teacher's outputs on the last stage, zero while centring is off."""
+    objective: Objective
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The objective's teacher, if it has one."""
+        return self.objective.teacher

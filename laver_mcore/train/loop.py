@@ -11,18 +11,19 @@ import torch
 from laver_mcore.accounting.devices import peak_tflops
 from laver_mcore.accounting.throughput import throughput
 from laver_mcore.accounting.timers import Timers, time_columns
+from laver_mcore.accounting.work import StepWork
 from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.data.serve.exchange import connect
 from laver_mcore.data.serve.loader import DialogueData
 from laver_mcore.megatron import checkpoints
 from laver_mcore.train import checkpoint, schedules
 from laver_mcore.train.checkpoint import Progress
-from laver_mcore.train.counts import COUNTS, work_of
+from laver_mcore.train.counts import SIMILARITY
 from laver_mcore.train.engine import Engine
 from laver_mcore.train.metrics import Metrics
 from laver_mcore.train.profiling import Profiler
 from laver_mcore.train.schedules import Knobs
-from laver_mcore.train.step import MEASURED, StepResult, check_teacher_moved, train_step
+from laver_mcore.train.step import StepResult, check_teacher_moved, train_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,25 +67,19 @@ def _after(state: RunState, result: StepResult, knobs: Knobs, engine: Engine) ->
 
 
 def metrics_row(state: RunState, result: StepResult, knobs: Knobs, engine: Engine) -> dict[str, Any]:
-    """Losses and knobs of one iteration; quantities that do not exist in this run are null."""
-    laver = engine.config.laver
-    counts = dict(zip(COUNTS, result.counts.tolist(), strict=True))
-    losses: dict[str, float | None] = dict.fromkeys(MEASURED)
-    if result.losses is not None:
-        losses = dict(zip(MEASURED, result.losses.tolist(), strict=True))
-    on = laver.laver
+    """Losses and knobs of one iteration; a quantity that this iteration did not have is null."""
+    losses: dict[str, float | None] = dict.fromkeys(("loss", *result.terms)) | result.named_losses()
+    counts = dict(zip(result.terms, result.counts.tolist(), strict=True))
+    if not counts[SIMILARITY]:
+        losses[SIMILARITY] = None
+    teacher = {} if engine.teacher is None else {"teacher_distance": state.teacher_distance}
     return {
         "iteration": state.progress.iteration,
-        "loss": losses["loss"],
-        "lm_loss": losses["lm_loss"],
-        "mim_loss": losses["mim_loss"] if on else None,
-        "gram_loss": losses["gram_loss"] if on and laver.gram != "off" else None,
+        **losses,
         "grad_norm": float(result.grad_norm),
         "learning_rate": float(result.learning_rate),
-        "mask_ratio": knobs.mask_ratio if on else None,
-        "momentum": knobs.momentum if on else None,
-        "teacher_distance": state.teacher_distance if on else None,
-        "visual_similarity": losses["visual_similarity"] if counts["similar_images"] else None,
+        **engine.objective.settings(knobs),
+        **teacher,
         "skipped": int(state.skipped),
     }
 
@@ -95,26 +90,26 @@ class _Interval:
     def __init__(self, engine: Engine, *, enabled: bool) -> None:
         self._engine = engine
         self.timers = Timers(engine.topology.device, enabled=enabled)
-        self._counts: torch.Tensor | None = None
+        self._work: torch.Tensor | None = None
         self._start, self._steps = time.perf_counter(), 0
         run, device = engine.config.run, engine.topology.device
         known = device.type == "cuda" and engine.config.train.bf16
         self._peak = run.peak_tflops or (peak_tflops(torch.cuda.get_device_name(device)) if known else None)
 
     def add(self, result: StepResult) -> None:
-        """Take in one step; its counts stay on the device."""
-        self._counts = result.counts if self._counts is None else self._counts + result.counts
+        """Take in one step; the numbers of its work stay on the device."""
+        self._work = result.work if self._work is None else self._work + result.work
         self._steps += 1
 
     def restart(self) -> None:
         """Begin anew, after a metrics line or a checkpoint."""
         self.timers.take()
-        self._counts, self._steps, self._start = None, 0, time.perf_counter()
+        self._work, self._steps, self._start = None, 0, time.perf_counter()
 
     def columns(self, data_wait_ms: float) -> tuple[dict[str, float | None], float]:
         """Entries of the metrics line, and the seconds of one step; waits for the device."""
-        assert self._counts is not None
-        work, taken, engine = work_of(self._counts.tolist()), self.timers.take(), self._engine
+        assert self._work is not None
+        work, taken, engine = StepWork.of(self._work.tolist()), self.timers.take(), self._engine
         seconds = time.perf_counter() - self._start
         each = seconds / self._steps
         found = throughput(

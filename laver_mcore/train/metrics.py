@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from laver_mcore.config.schema import Config
 
-_SCALARS = ("loss", "lm_loss", "mim_loss", "gram_loss", "visual_similarity", "teacher_distance", "grad_norm")
+_NOT_LOSSES = ("visual_similarity", "teacher_distance", "grad_norm")
 
 
 def format_iteration_line(
@@ -24,7 +24,8 @@ def format_iteration_line(
         f"learning rate: {row['learning_rate']:.6E}",
         f"global batch size: {global_batch_size:5d}",
     ]
-    for name in _SCALARS:
+    losses = [name for name in row if name == "loss" or name.endswith("_loss")]
+    for name in (*losses, *_NOT_LOSSES):
         if row.get(name) is not None:
             parts.append(f"{name.replace('_', ' ')}: {row[name]:.6E}")
     parts.append(f"number of skipped iterations: {row['skipped']:3d}")

@@ -31,11 +31,11 @@ def directory(tmp_path_factory):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_within_a_tenth(directory, name):
     from laver_mcore.accounting.memory import rank_memory
+    from laver_mcore.accounting.work import StepWork
     from laver_mcore.config.load import parse
     from laver_mcore.megatron import parallel
     from laver_mcore.train import schedules
     from laver_mcore.train.build import build_data, build_engine, build_tokenizer
-    from laver_mcore.train.counts import work_of
     from laver_mcore.train.step import train_step
 
     config, _ = parse(f"--config {directory}/recipe.yaml {SHAPE} {VARIANTS[name]}".split())
@@ -52,7 +52,7 @@ def test_within_a_tenth(directory, name):
         torch.cuda.reset_peak_memory_stats()
         result = train_step(engine, batches, schedules.at(config, iteration))
     torch.cuda.synchronize()
-    work = work_of(result.counts.tolist())
+    work = StepWork.of(result.work.tolist())
     predicted = rank_memory(config, 32000, work, pp_rank=0, dp_size=1, num_micro_batches=1)
     stays = predicted.weights + predicted.gradients + predicted.optimizer + predicted.teacher
     assert torch.cuda.memory_allocated() - before == pytest.approx(stays, rel=0.1)

@@ -73,7 +73,8 @@ def observe(argv: list[str], device) -> dict:
     return dict(
         vocab_size=engine.vocab_size,
         flops=flops,
-        counts=result.counts.tolist(),
+        counts=dict(zip(result.terms, result.counts.tolist(), strict=True)),
+        work=result.work.tolist(),
         masks=masks,
         parameters=[
             [item.name, list(item.parameter.shape), item.parameter.requires_grad, item.owned, item.sharded]

@@ -9,9 +9,9 @@ from unit.model.test_native_encoders import CONFIGS, write_directory
 
 from integration.harness import torchrun
 from laver_mcore.accounting.flops import step_flops
+from laver_mcore.accounting.work import WORK, StepWork
 from laver_mcore.config.load import parse
 from laver_mcore.shapes.weights import list_weights
-from laver_mcore.train.counts import COUNTS, DIVISORS, work_of
 
 DECODER = "--trainable connector.* language_model.* mask_token vision_head.*"
 TOWER = "--overlong drop --vision KIND --vision-path {directory}/KIND --vision-random-init"
@@ -71,7 +71,7 @@ def trained_matrices(config, found):
 @pytest.mark.parametrize("name", STEPS)
 def test_matrix_products(directory, name):
     config, found = observed(directory, name)
-    work = work_of(found["counts"])
+    work = StepWork.of(found["work"])
     no_pairs = dict.fromkeys(
         ("dialogue_pairs", "reconstruction_pairs", "patch_pairs", "window_pairs", "gram_pairs"), 0
     )
@@ -87,7 +87,7 @@ def test_matrix_products(directory, name):
 def test_gram(directory):
     """The reference multiplies whole squares and differentiates both factors: 8 n^2 K where the kernels need 4."""
     config, found = observed(directory, "with_gram")
-    expected = step_flops(config, found["vocab_size"], work_of(found["counts"])).gram.model
+    expected = step_flops(config, found["vocab_size"], StepWork.of(found["work"])).gram.model
     assert expected > 0
     assert found["flops"]["bmm"] == pytest.approx(2 * expected)
 
@@ -108,12 +108,13 @@ def test_parameters(directory, name):
 
 def test_counts(directory):
     _, found = observed(directory, "laver")
-    counts = dict(zip(COUNTS, found["counts"], strict=True))
+    counts = found["counts"] | dict(zip(WORK, found["work"], strict=True))
     assert counts["dialogue_pairs"] == sum(pairs for pairs, _ in found["masks"])
     grids = [grid for _, grids in found["masks"] for grid in grids]
     assert counts["reconstruction_pairs"] == sum((h * w) ** 2 for h, w in grids)
     assert counts["visual_tokens"] == sum(h * w for h, w in grids)
     assert counts["images"] == len(grids)
-    assert counts["supervised"] == counts["supervised_rows"] > 0
-    assert counts["masked"] == counts["masked_rows"] > 0
-    assert DIVISORS == ("supervised", "masked", "gram_matrices", "similar_images")
+    assert counts["lm_loss"] == counts["supervised_rows"] > 0
+    assert counts["mim_loss"] == counts["masked_rows"] > 0
+    assert counts["gram_loss"] == len(grids)
+    assert counts["visual_similarity"] == sum(h * w > 1 for h, w in grids)

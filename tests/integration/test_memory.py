@@ -8,9 +8,9 @@ from sample_run import write_recipe, write_sample_data
 
 from integration.harness import torchrun
 from laver_mcore.accounting.memory import chunks_in_flight, holdings, rank_memory, state_bytes
+from laver_mcore.accounting.work import StepWork
 from laver_mcore.config.load import parse
 from laver_mcore.config.schema import Config, ModelConfig, ParallelConfig
-from laver_mcore.train.counts import work_of
 
 UNTIED = "--untie-embeddings-and-output-weights True"
 # Name -> (TP, PP, replicas: DP x CP, flags).
@@ -104,7 +104,7 @@ def test_bytes_that_stay(directory, name):
 def test_bytes_that_layers_save(directory, name):
     config, ((found, *_),) = observed(directory, name)
     vocab_size = found["vocab_size"]
-    work = work_of(found["counts"])
+    work = StepWork.of(found["work"])
     whole = rank_memory(config, vocab_size, work, pp_rank=0, dp_size=1, num_micro_batches=1).activations
     edges = whole - _layers_alone(config, vocab_size, work)
     # The block's final norm is among the edges, but its input is saved inside. On the CPU torch's rms_norm, which is

@@ -244,9 +244,9 @@ def compare(run, beginning, course, spoiled: int | None) -> dict[str, float]:
     for iteration, (got, (wanted, state)) in enumerate(zip(logged, course, strict=True)):
         assert got["skipped"] == state.skipped == (spoiled is not None and iteration >= spoiled)
         for name in ("loss", "lm_loss", "mim_loss", "gram_loss", "visual_similarity"):
-            if name in wanted and got[name] is not None:
+            if name in wanted and got.get(name) is not None:
                 worst["losses"] = max(worst["losses"], relative(got[name], wanted[name]))
-        if got["teacher_distance"] is not None:
+        if got.get("teacher_distance") is not None:
             worst["losses"] = max(worst["losses"], relative(got["teacher_distance"], state.distance))
         if iteration == spoiled:
             assert not math.isfinite(got["grad_norm"]) and not math.isfinite(wanted["grad_norm"])

@@ -73,7 +73,7 @@ def take_steps(engine, first, last):
 
 def state_of(engine):
     """Every tensor that a step reads and writes, by name: weights, averages, centre, moments, step counts."""
-    found = {"centre": engine.center_K}
+    found = {"centre": engine.objective.center_K}
     (chunk,) = engine.chunks
     moments = engine.optimizer.optimizer.state
     for name, parameter in chunk.named_parameters():
@@ -105,7 +105,11 @@ def test_another_engine_goes_on_from_there(saved, recipe, device):
     engine = engine_of(config_of(recipe), device)
     torch.manual_seed(6)
     with torch.no_grad():
-        for tensor in (*engine.chunks[0].parameters(), *engine.teacher.averages.values(), engine.center_K):
+        for tensor in (
+            *engine.chunks[0].parameters(),
+            *engine.teacher.averages.values(),
+            engine.objective.center_K,
+        ):
             tensor.fill_(0.5)
     assert checkpoint.load(engine, saved.folder, FINGERPRINT) == Progress(iteration=3, consumed_rows=12)
     found = state_of(engine)
@@ -129,7 +133,7 @@ def test_weights_alone_start_a_run(saved, recipe, device):
         if parameter in engine.teacher.averages:
             assert torch.equal(engine.teacher.averages[parameter], parameter.view(-1)), name
     assert not engine.optimizer.optimizer.state
-    assert engine.center_K.abs().max() == 0
+    assert engine.objective.center_K.abs().max() == 0
 
 
 # Flags of the recipe that loads, its data -> words of the refusal.

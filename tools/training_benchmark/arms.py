@@ -74,13 +74,11 @@ class EngineArm:
         return train_step(self._engine, self._batches[number % len(self._batches)], knobs)
 
     def losses(self, result: Any) -> Losses:
-        from laver_mcore.train.step import MEASURED
-
-        found = dict(zip(MEASURED, result.losses.tolist(), strict=True))
+        found = result.named_losses()
         return Losses(
             lm=found["lm_loss"],
-            mim=found["mim_loss"] if self._laver else None,
-            gram=found["gram_loss"] if self._laver else None,
+            mim=found.get("mim_loss"),
+            gram=found.get("gram_loss"),
             grad_norm=float(result.grad_norm),
         )
 

@@ -38,6 +38,11 @@ class Batch:
     def num_images(self) -> int:
         return len(self.image_grids)
 
+    @property
+    def image_lengths(self) -> tuple[int, ...]:
+        """Visual tokens of every image."""
+        return tuple(h * w for h, w in self.image_grids)
+
     def trimmed(self, length: int) -> "Batch":
         """The same batch without the padding behind its first `length` tokens, which hold all documents."""
         if sum(self.document_lengths) > length:

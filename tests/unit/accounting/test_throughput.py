@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from laver_mcore.accounting.throughput import throughput
-from laver_mcore.accounting.work import StepWork
+from laver_mcore.accounting.work import WORK, StepWork
 from laver_mcore.config.presets import fill_from_preset
 from laver_mcore.config.schema import Config, ModelConfig, RunConfig, TrainConfig, VisionConfig
 from laver_mcore.train import loop
-from laver_mcore.train.counts import COUNTS
 
 # Qwen2.5-7B: what multiplies a row in the layers, and in the LM head.
 LAYERS = 28 * (3584 * (28 + 2 * 4) * 128 + 28 * 128 * 3584 + 3 * 3584 * 18944)
@@ -54,8 +53,8 @@ def test_rates_of_an_interval(monkeypatch):
         SimpleNamespace(config=config, topology=topology, vocab_size=152064), enabled=True
     )
     for tokens, images in ((1000, 3), (3000, 5)):
-        counts = dict.fromkeys(COUNTS, 0.0) | {"dialogue_rows": tokens, "images": images}
-        interval.add(SimpleNamespace(counts=torch.tensor(list(counts.values()), dtype=torch.float64)))
+        counts = dict.fromkeys(WORK, 0.0) | {"dialogue_rows": tokens, "images": images}
+        interval.add(SimpleNamespace(work=torch.tensor(list(counts.values()), dtype=torch.float64)))
     now[0] += SECONDS
     found, each = interval.columns(data_wait_ms=2.0)
     assert each == found["step_seconds"] == SECONDS / 2
@@ -65,5 +64,5 @@ def test_rates_of_an_interval(monkeypatch):
     assert found["mfu"] == pytest.approx(found["tflops_per_gpu"] / 50)
     interval.restart()
     now[0] += 1.0
-    interval.add(SimpleNamespace(counts=torch.tensor(list(counts.values()), dtype=torch.float64)))
+    interval.add(SimpleNamespace(work=torch.tensor(list(counts.values()), dtype=torch.float64)))
     assert interval.columns(data_wait_ms=0.0)[0]["tokens_per_second"] == pytest.approx(3000)

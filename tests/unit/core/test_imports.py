@@ -36,7 +36,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "megatron",
         "shapes",
     ),
-    "objectives": ("device", "model.laver", "laver_kernels"),
+    "objectives": (
+        "config.schema",
+        "data.sequence",
+        "device",
+        "laver_kernels",
+        "megatron.parallel",
+        "model.laver",
+        "model.teacher",
+    ),
     "convert": ("config", "data.images", "data.sequence", "megatron", "model"),
     "train": (
         "accounting",
@@ -152,7 +160,7 @@ def test_model_takes_image_shares_alone_from_the_balance():
     assert taken <= {IMAGE_SHARES}
 
 
-def test_objectives_know_the_models_output_alone():
+def test_objectives_know_batches_the_models_output_and_the_teacher_alone():
     taken = {
         imported
         for name, file in MODULES.items()
@@ -160,7 +168,13 @@ def test_objectives_know_the_models_output_alone():
         for imported in ours(file)
         if within(imported[0], ("data", "model"))
     }
-    assert taken <= {("model.laver", "LaverOutput")}
+    assert {module for module, _ in taken} <= {
+        "model.laver",
+        "model.teacher",
+        "data.sequence.batch",
+        "data.sequence.masking",
+    }
+    assert {name for module, name in taken if module == "model.laver"} == {"LaverOutput"}
 
 
 def test_build_is_imported_by_entry_points_alone():

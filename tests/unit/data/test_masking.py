@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from laver_mcore.config.schema import Config, LaverConfig, TrainConfig
+from laver_mcore.config.schema import LaverConfig
 from laver_mcore.data.sequence.masking import draw_mask
 
 NAMES = {"seed": 1, "key": "a", "step": 5, "image_index": 0}
@@ -68,14 +68,10 @@ def test_bad_arguments(ratio, strategy, message):
 
 def test_a_step_draws_from_its_own_number_and_each_images_own_names():
     """Which arguments a step gives: those of the image, in the order of the batch."""
-    from laver_mcore.train.schedules import Knobs
-    from laver_mcore.train.step import draw_masks
+    from laver_mcore.objectives.laver import draw_masks
 
-    laver = LaverConfig(laver=True, mask_draw="permutation")
-    engine = SimpleNamespace(config=Config(laver=laver, train=TrainConfig(seed=11)))
     batch = SimpleNamespace(image_grids=((4, 5), (3, 7), (4, 5)), image_keys=(("a", 0), ("a", 1), ("b", 0)))
-    knobs = Knobs(iteration=6, learning_rate=1.0, mask_ratio=0.3, momentum=0.9, update_teacher=True)
-    found = draw_masks(batch, engine, knobs)
+    found = draw_masks(batch, LaverConfig(mask_draw="permutation"), 0.3, seed=11, step=6)
     expected = [
         draw_mask(20, 0.3, seed=11, key="a", step=6, image_index=0),
         draw_mask(21, 0.3, seed=11, key="a", step=6, image_index=1),
@@ -83,5 +79,3 @@ def test_a_step_draws_from_its_own_number_and_each_images_own_names():
     ]
     assert np.array_equal(found, np.concatenate(expected))
     assert [mask.sum() for mask in np.split(found, [20, 41])] == [6, 6, 6]  # floor(0.3 N) each
-    off = SimpleNamespace(config=Config(laver=LaverConfig(laver=False)))
-    assert draw_masks(batch, off, knobs) is None
