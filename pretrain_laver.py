@@ -4,7 +4,7 @@ The same program serves a laptop (one process, CPU), one GPU and a cluster. `--h
 """
 
 from laver_mcore.cli.console import refuse, run_and_leave, silence_megatron
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse, to_yaml
 
 

@@ -83,7 +83,7 @@ def launch(argv: list[str], ranks: int) -> dict:
 def attempt(args: argparse.Namespace) -> dict:
     """What `run` finds on this rank, or the one line that says why it cannot."""
     warnings.filterwarnings("ignore")
-    from laver_mcore.config.checks import ConfigError
+    from laver_mcore.config.errors import ConfigError
     from laver_mcore.megatron import parallel
 
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 
 from laver_mcore.cli.console import refuse, silence_megatron
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import from_recipe, resolve
 from laver_mcore.config.schema import Config, ParallelConfig
 

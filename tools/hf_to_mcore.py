@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--allow-pickle", action="store_true", help="accept pytorch_model.bin")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
-    from laver_mcore.config.checks import ConfigError
+    from laver_mcore.config.errors import ConfigError
     from laver_mcore.convert.decoder import DTYPES, import_decoder
 
     try:

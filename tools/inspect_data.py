@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse
+from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images.decode import open_image
@@ -139,7 +140,7 @@ def as_seen(image: Image.Image, processor: ImageProcessor) -> Image.Image:
 
 
 def _mask(config: Config, grid: tuple[int, int], key: str, index: int, step: int) -> np.ndarray:
-    if not config.laver.laver:
+    if not reconstructs(config):
         return np.zeros(grid[0] * grid[1], dtype=bool)
     return draw_mask(
         grid[0] * grid[1],

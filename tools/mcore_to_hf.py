@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
-    from laver_mcore.config.checks import ConfigError
+    from laver_mcore.config.errors import ConfigError
     from laver_mcore.convert.decoder import DTYPES
     from laver_mcore.convert.export import export_run
 

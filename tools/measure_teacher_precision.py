@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from laver_mcore.config.checks import ConfigError, check_world
+from laver_mcore.config.checks import check_world
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse
 from laver_mcore.config.schema import Config
 from laver_mcore.data.errors import DataError
@@ -137,7 +138,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--micro-batches", type=int, default=4, help="how many to look at")
     own, rest = parser.parse_known_args(argv)
     try:
-        batching = ["--laver", "--micro-batch-size", "1", "--global-batch-size", str(own.micro_batches)]
+        batching = [
+            "--objective",
+            "laver",
+            "--micro-batch-size",
+            "1",
+            "--global-batch-size",
+            str(own.micro_batches),
+        ]
         recipes = {arm: parse([*rest, *batching, *flags.split()])[0] for arm, flags in ARMS.items()}
         config = recipes["fp32"]
         check_world(config, 1)

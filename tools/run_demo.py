@@ -23,7 +23,7 @@ from laver_mcore.demo.report import write_report
 CHANCE = 0.1
 """Ten digits, equally frequent."""
 
-LM_ONLY = ("--no-laver", "--trainable", "connector.*", "language_model.*")
+LM_ONLY = ("--objective", "lm", "--trainable", "connector.*", "language_model.*")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from laver_mcore.accounting.work import StepWork
+from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config
 from laver_mcore.shapes.towers import TowerShape, tower_shape
 from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, list_weights
@@ -105,7 +106,7 @@ def step_flops(config: Config, vocab_size: int, work: StepWork) -> StepFlops:
     gram = (
         work.gram_pairs * (config.model.hidden_size or 0) * (4.0 if any(w.trains for w in weights) else 2.0)
     )
-    laver = config.laver.laver
+    laver = reconstructs(config)
     return StepFlops(
         vision=Flops(model=vision.model, hardware=vision.model + vision.repeated),
         connector=Flops(model=connector.model * visual, hardware=connector.model * visual),

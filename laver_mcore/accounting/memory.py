@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from laver_mcore.accounting.work import StepWork
+from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config, ParallelConfig, TrainConfig
 from laver_mcore.shapes.towers import tower_shape
 from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, list_weights
@@ -72,8 +73,8 @@ def holdings(config: Config, vocab_size: int) -> tuple[Held, ...]:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         num_virtual_stages_per_pipeline_rank=parallel.num_virtual_stages_per_pipeline_rank,
     )
-    trainable = TrainConfig(trainable=config.train.trainable)
-    return _holdings(replace(config, parallel=few, train=trainable), vocab_size)
+    kept = TrainConfig(objective=config.train.objective, trainable=config.train.trainable)
+    return _holdings(replace(config, parallel=few, train=kept), vocab_size)
 
 
 @functools.lru_cache(maxsize=16)
@@ -92,7 +93,7 @@ def _holdings(config: Config, vocab_size: int) -> tuple[Held, ...]:
         Held(
             all=sum(size for _, size in mine),
             trainable=sum(size for w, size in mine if w.trains),
-            averaged=sum(size for w, size in mine if w.averaged) if config.laver.laver else 0,
+            averaged=sum(size for w, size in mine if w.averaged) if reconstructs(config) else 0,
             largest=max((size for w, size in mine if w.trains), default=0),
             fp8_bytes=sum(size + 4 * _rows(w, config) for w, size in mine if w.rows == "decoder")
             if config.laver.teacher_precision == "fp8"
@@ -149,7 +150,7 @@ def rank_memory(
     last = pp_rank == parallel.pipeline_model_parallel_size - 1
     in_flight = chunks_in_flight(config, pp_rank, num_micro_batches)
     layers = (config.model.num_layers or 0) // _num_chunks(config)
-    rows = work.dialogue_rows + work.student_padding + (work.visual_tokens if config.laver.laver else 0)
+    rows = work.dialogue_rows + work.student_padding + (work.visual_tokens if reconstructs(config) else 0)
     activations = in_flight * layers * rows / parallel.context_parallel_size * _saved_per_row(config)
     activations += _edges(config, weights, work, rows, pp_rank, in_flight)
     learns = any(w.trains for w in weights)
@@ -227,7 +228,7 @@ def _edges(
     tp, along, width, *_ = _sizes(config)
     pp, cp = config.parallel.pipeline_model_parallel_size, config.parallel.context_parallel_size
     visual = work.visual_tokens
-    teacher_rows = visual + work.teacher_padding if config.laver.laver else 0
+    teacher_rows = visual + work.teacher_padding if reconstructs(config) else 0
     saved = 0.0
     if pp_rank == 0:
         saved += (
@@ -239,7 +240,7 @@ def _edges(
         saved += rows * (width / (along * cp) + width)  # the final norm's input and its gathered output
         head = config.laver.vision_head_hidden_size
         # Vision head, the teacher's targets, the gradient that the masked loss makes in its forward.
-        saved += visual * (4 * head + 3 * width) if config.laver.laver else 0
+        saved += visual * (4 * head + 3 * width) if reconstructs(config) else 0
         saved += work.supervised_rows / cp * 2 * width
     return saved
 
@@ -281,6 +282,6 @@ def _workspace(config: Config, work: StepWork, rows: int, element: int, held: He
     if config.parallel.recompute_granularity == "full":
         transient += element * rows * _whole_layer_per_row(config)
     transient += element * held.largest  # a gradient on its way into the fp32 buffer
-    gram = min(GRAM_WORKSPACE, element * work.gram_pairs) if last and config.laver.laver else 0
-    gather = GATHER_WORKSPACE if config.laver.laver and held.averaged else 0
+    gram = min(GRAM_WORKSPACE, element * work.gram_pairs) if last and reconstructs(config) else 0
+    gather = GATHER_WORKSPACE if reconstructs(config) and held.averaged else 0
     return int(transient + gram + gather)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from laver_mcore.accounting.work import StepWork, micro_batch_work
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config
 from laver_mcore.shapes.towers import tower_shape
 
@@ -56,7 +57,7 @@ def typical_work(config: Config, mix: Mix) -> StepWork:
     lengths = [seq_length // documents + (i < seq_length % documents) for i in range(documents)]
     images = rows * mix.images_per_row
     visual = images * mix.image_tokens
-    reconstruction = -(-visual // pad) * pad if config.laver.laver else 0
+    reconstruction = -(-visual // pad) * pad if reconstructs(config) else 0
     text = rows * seq_length - visual
     return micro_batch_work(
         config,
@@ -65,5 +66,5 @@ def typical_work(config: Config, mix: Mix) -> StepWork:
         student_rows=rows * seq_length + reconstruction,
         teacher_rows=reconstruction,
         supervised_rows=min(text, round(mix.supervised_share * rows * seq_length)),
-        masked_rows=round(config.laver.mask_ratio * visual) if config.laver.laver else 0,
+        masked_rows=round(config.laver.mask_ratio * visual) if reconstructs(config) else 0,
     )

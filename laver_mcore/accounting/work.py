@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
+from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config
 from laver_mcore.shapes.towers import TowerShape, tower_shape
 
@@ -84,7 +85,7 @@ def micro_batch_work(
     `image_grids` are (rows, columns) of visual tokens; `student_rows` and `teacher_rows` those of the passes, padding
     included (0 where there is no such pass).
     """
-    mixed, reconstructs = config.laver.mixed_attention, config.laver.laver
+    mixed, again = config.attention.mixed_attention, reconstructs(config)
     lengths = [h * w for h, w in image_grids]
     tokens, visual = sum(document_lengths), sum(lengths)
     gram = visual**2 if config.laver.gram_scope == "micro_batch" else sum(n * n for n in lengths)
@@ -92,12 +93,12 @@ def micro_batch_work(
         dialogue_rows=tokens,
         dialogue_pairs=sequence_pairs(document_lengths, lengths, mixed),
         visual_tokens=visual,
-        reconstruction_pairs=sequence_pairs(lengths, lengths, mixed) if reconstructs else 0,
-        student_padding=student_rows - tokens - (visual if reconstructs else 0),
+        reconstruction_pairs=sequence_pairs(lengths, lengths, mixed) if again else 0,
+        student_padding=student_rows - tokens - (visual if again else 0),
         teacher_padding=teacher_rows - visual if teacher_rows else 0,
         supervised_rows=supervised_rows,
         masked_rows=masked_rows,
-        gram_pairs=gram if reconstructs and config.laver.gram != "off" else 0,
+        gram_pairs=gram if again and config.laver.gram != "off" else 0,
         images=len(lengths),
         **_tower_work(tower_shape(config.vision), image_grids),
     )

@@ -11,8 +11,10 @@ import torch.distributed as dist
 import yaml
 
 from laver_kernels.backend import decide
-from laver_mcore.config.checks import ConfigError, check_world
+from laver_mcore.config.checks import check_world
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import to_yaml
+from laver_mcore.config.renamed import with_todays_keys
 from laver_mcore.config.schema import Config
 from laver_mcore.megatron import checkpoints, parallel
 from laver_mcore.model.parameters import format_trainable
@@ -63,7 +65,7 @@ def check_save_folder(config: Config) -> None:
         return
     difference = None
     if recipe.is_file():
-        old = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        old = with_todays_keys(yaml.safe_load(recipe.read_text(encoding="utf-8")), recipe)
         difference = first_difference(old, yaml.safe_load(to_yaml(config)))
     if difference is not None:
         raise ConfigError(
@@ -170,7 +172,7 @@ def _announce(engine: Engine, kernels: str, num_samples: int, report: Any) -> No
         f"{config.model.model}: {num_samples:,} dialogues, {config.train.train_iters:,} iterations of "
         f"{config.train.global_batch_size} rows x {config.data.seq_length} tokens",
         f"TP {topology.tp_size} x PP {topology.pp_size} x CP {topology.cp_size} x DP {topology.dp_size} on "
-        f"{topology.device.type}, kernels: {kernels}, LaVer {'on' if config.laver.laver else 'off'}",
+        f"{topology.device.type}, kernels: {kernels}, objective {config.train.objective}",
         format_trainable(report.trainable),
     ]
     if report.fresh:

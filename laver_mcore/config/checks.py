@@ -1,10 +1,8 @@
 """Every check that needs more than one field, made once, before anything is built."""
 
+from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message is one line with what was given, wanted, and a way out."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -103,8 +101,8 @@ def _check_context_parallel(config: Config) -> None:
 def _check_objective(config: Config) -> None:
     laver, vision = config.laver, config.vision
     _require(
-        not laver.laver or vision.vision != "none",
-        "laver=true needs a visual path; set vision, or laver=false",
+        not reconstructs(config) or vision.vision != "none",
+        f"objective={config.train.objective} needs a visual path; set vision, or objective=lm",
     )
     for name in ("mask_ratio", "momentum", "ema_ratio", "center_momentum"):
         value = getattr(laver, name)
@@ -131,7 +129,7 @@ def _check_teacher_precision(config: Config) -> None:
     if laver.teacher_precision == "same":
         return
     given = f"teacher_precision={laver.teacher_precision}"
-    _require(laver.laver, f"{given} needs a teacher; set laver=true, or leave it out")
+    _require(reconstructs(config), f"{given} needs a teacher; set objective=laver, or leave it out")
     _require(
         config.train.transformer_impl != "transformer_engine",
         f"{given} runs in Megatron's local layers; use transformer_impl=local",

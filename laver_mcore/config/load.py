@@ -18,9 +18,11 @@ import tyro
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from laver_mcore.config.checks import ConfigError, check
+from laver_mcore.config.checks import check
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.hugging_face import read_shape
 from laver_mcore.config.presets import fill_from_preset
+from laver_mcore.config.renamed import FLAGS, with_todays_keys
 from laver_mcore.config.schema import Config
 
 _SECTIONS = {f.name: f.default_factory for f in fields(Config)}  # type: ignore[misc]
@@ -43,6 +45,7 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"recipe {path} must be a mapping of sections, got {type(raw).__name__}")
+    raw = with_todays_keys(raw, path)
     base = raw.pop("base", None)
     recipe = read_recipe(path.parent / base) if base else {}
     for section, values in raw.items():
@@ -151,6 +154,8 @@ def _check_flags(args: list[str]) -> list[str]:
     for arg in args:
         if arg.startswith("--"):
             name = arg[2:].split("=", 1)[0].replace("-", "_")
+            if name in FLAGS:
+                raise ConfigError(f"{arg} is now {FLAGS[name]}")
             if name not in known:
                 raise ConfigError(
                     f"unknown flag {arg}; did you mean --{nearest(name, sorted(known)).replace('_', '-')}?"

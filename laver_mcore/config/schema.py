@@ -72,15 +72,19 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaverConfig:
-    """Latent visual reconstruction (arXiv 2512.06281): losses, teacher, schedules."""
+class AttentionConfig:
+    """What a token sees, and where it stands: in every stage, whatever the objective."""
 
-    laver: bool = False
-    """Train with LaVer's losses; off is language-model loss alone."""
     mixed_attention: bool = True
     """Visual tokens of an image see each other both ways; off is causal."""
     rope_2d: bool = True
     """Visual tokens have (row, column) positions; off is 1D RoPE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaverConfig:
+    """Latent visual reconstruction (arXiv 2512.06281), `objective: laver`: losses, teacher, schedules."""
+
     mask_ratio: float = 0.05
     """Share r of visual tokens masked at the decoder's input, at the end of its schedule."""
     mask_strategy: Literal["cosine", "constant"] = "cosine"
@@ -217,8 +221,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The run: batch, length, precision, what trains, kernels."""
+    """The run: objective, batch, length, precision, what trains, kernels."""
 
+    objective: str = "lm"
+    """What is learned: lm (the language model's loss alone), laver, or one that an installed package registers."""
     train_iters: int = 1000
     """Iterations of the whole run, those before a resume included."""
     micro_batch_size: int = 1
@@ -287,6 +293,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     laver: LaverConfig = field(default_factory=LaverConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -1,6 +1,6 @@
 """The error of everything in this package."""
 
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 
 
 class ConversionError(ConfigError):

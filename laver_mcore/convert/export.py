@@ -140,8 +140,8 @@ def model_config(config: Config, vocab_size: int, image_token_id: int, dtype: to
         "image_grid": _grid(config),
         "image_token_id": image_token_id,
         "mrope_section": list(config.model.mrope_section),
-        "rope_2d": config.laver.rope_2d,
-        "mixed_attention": config.laver.mixed_attention,
+        "rope_2d": config.attention.rope_2d,
+        "mixed_attention": config.attention.mixed_attention,
     }
 
 

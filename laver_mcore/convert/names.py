@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import ModelConfig
 
 Fusion = Literal["qkv", "gate_up", "vocabulary", "none"]

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import Config
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -30,6 +30,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config
 from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.connector import Connector
@@ -108,9 +109,9 @@ class LaverModel(MegatronModule):
         kind = dict(dtype=mcore.params_dtype, device=device)
         if self.pre_process and config.vision.vision != "none":
             self._build_visual_path(config, kind)
-            if config.laver.laver:
+            if reconstructs(config):
                 self.mask_token = torch.nn.Parameter(torch.zeros(mcore.hidden_size, **kind))
-        if self.post_process and config.laver.laver:
+        if self.post_process and reconstructs(config):
             self.vision_head = VisionHead(mcore.hidden_size, config.laver.vision_head_hidden_size, **kind)
 
     def _build_visual_path(self, config: Config, kind: dict[str, Any]) -> None:

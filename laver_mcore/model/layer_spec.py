@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import Config
 from laver_mcore.model.fp8 import Fp8ColumnParallelLinear, Fp8Pass, Fp8RowParallelLinear
 from laver_mcore.model.mixed_attention import MixedAttention

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 
 Select = Literal["patch", "cls_patch"]
 

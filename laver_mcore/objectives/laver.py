@@ -21,7 +21,7 @@ from laver_mcore.model.laver import LaverOutput
 from laver_mcore.model.teacher import MasterShard, Teacher
 from laver_mcore.objectives.gram import gram_sum, num_gram_matrices
 from laver_mcore.objectives.latent import latent_sum
-from laver_mcore.objectives.objective import Plan, StepKnobs
+from laver_mcore.objectives.objective import Parts, Plan, StepKnobs
 
 MIM, GRAM = "mim_loss", "gram_loss"
 
@@ -48,6 +48,17 @@ class Laver:
 
     The centre is a running mean of the teacher's outputs, on the last stage; zero while centring is off.
     """
+
+    @classmethod
+    def build(cls, config: Config, parts: Parts) -> "Laver":
+        teacher = Teacher(
+            parts.chunks,
+            parts.topology,
+            parts.buckets,
+            config.train.kernels,
+            offload=config.laver.offload_teacher,
+        )
+        return cls(config, parts.topology, teacher)
 
     def __init__(self, config: Config, topology: Topology, teacher: Teacher) -> None:
         assert config.model.hidden_size is not None

@@ -9,15 +9,20 @@ The engine adds the language model's own term. Every term is a sum over a count:
 under every parallel layout.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from laver_mcore.config.objectives import objective_spec
+from laver_mcore.config.schema import Config
 from laver_mcore.data.sequence.batch import Batch
-from laver_mcore.model.laver import LaverOutput
+from laver_mcore.megatron.parallel import Topology
+from laver_mcore.megatron.weight_shards import Bucket
+from laver_mcore.model.laver import LaverModel, LaverOutput
 from laver_mcore.model.teacher import MasterShard, Teacher
 
 
@@ -44,6 +49,16 @@ class Plan:
     """Visual tokens that are replaced in the reconstruction rows, bool; None where there are no such rows."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the engine hands to an objective that is being built."""
+
+    chunks: list[LaverModel]
+    topology: Topology
+    buckets: Sequence[Bucket]
+    """How the trainable parameters are cut into the fp32 masters that this rank keeps."""
+
+
 class Objective(Protocol):
     """A method; its state, on every rank alike."""
 
@@ -51,6 +66,10 @@ class Objective(Protocol):
     """Term -> its weight in the loss, in the order in which they are logged."""
     teacher: Teacher | None
     """Weights that the model computes with beside its own, if any."""
+
+    @classmethod
+    def build(cls, config: Config, parts: Parts) -> "Objective":
+        """The objective of a run."""
 
     def plan(self, batch: Batch, knobs: StepKnobs) -> Any:
         """A `Plan`, or one of its children, for one micro-batch."""
@@ -76,6 +95,10 @@ class LanguageModel:
     weights: Mapping[str, float] = {}
     teacher: Teacher | None = None
 
+    @classmethod
+    def build(cls, config: Config, parts: Parts) -> "LanguageModel":
+        return cls()
+
     def plan(self, batch: Batch, knobs: StepKnobs) -> Plan:
         return Plan(counts={})
 
@@ -92,3 +115,10 @@ class LanguageModel:
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         return {}
+
+
+def load_objective(name: str) -> type[Objective]:
+    """The class of the objective called `name`; `ConfigError` for an unknown one."""
+    module, _, attribute = objective_spec(name).path.partition(":")
+    found: type[Objective] = getattr(import_module(module), attribute)
+    return found

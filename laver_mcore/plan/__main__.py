@@ -9,7 +9,7 @@ from pathlib import Path
 from laver_mcore.accounting.devices import GIB, GPUS
 from laver_mcore.accounting.tables import memory_table
 from laver_mcore.accounting.typical import typical_mix
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse
 from laver_mcore.config.schema import Config
 from laver_mcore.plan import report
@@ -66,7 +66,7 @@ def lines(config: Config, setting: Setting, plan: Plan, gpu: str, top: int) -> l
     """What the planner prints."""
     train = config.train
     found = [
-        f"{config.model.model} with {config.vision.vision}, LaVer {'on' if config.laver.laver else 'off'}: "
+        f"{config.model.model} with {config.vision.vision}, objective {config.train.objective}: "
         f"{train.global_batch_size} rows x {config.data.seq_length} tokens on {setting.num_gpus} x {gpu}",
         *report.assumptions(setting),
         "",

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from laver_mcore.config.checks import ConfigError, check, check_world
+from laver_mcore.config.checks import check, check_world
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import Config
 
 NODE = 8

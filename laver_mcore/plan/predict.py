@@ -12,6 +12,7 @@ from laver_mcore.accounting.flops import ADAM_BYTES, EMA_BYTES, StepFlops, step_
 from laver_mcore.accounting.memory import GRADIENT, Held, RankMemory, holdings, rank_memory
 from laver_mcore.accounting.typical import Mix, typical_work
 from laver_mcore.accounting.work import StepWork
+from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config
 from laver_mcore.plan.layouts import NODE, Layout
 from laver_mcore.train.schedules import ema_steps
@@ -171,7 +172,7 @@ def _row_bytes(config: Config) -> int:
 
 def _pass_rows(config: Config, work: StepWork) -> tuple[float, float]:
     """Rows of the student's and of the teacher's pass over one micro-batch, on one context-parallel rank."""
-    reconstruction = work.visual_tokens if config.laver.laver else 0
+    reconstruction = work.visual_tokens if reconstructs(config) else 0
     student = work.dialogue_rows + work.student_padding + reconstruction
     cp = config.parallel.context_parallel_size
     return student / cp, (reconstruction + work.teacher_padding) / cp

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from laver_mcore.config.schema import Config, LaverConfig, ModelConfig, VisionConfig
+from laver_mcore.config.objectives import reconstructs
+from laver_mcore.config.schema import Config, ModelConfig, VisionConfig
 from laver_mcore.shapes.towers import tower_shape, tower_weights
 
 AVERAGED = ("language_model.", "vision_head.")
@@ -58,18 +59,18 @@ def list_weights(config: Config, vocab_size: int) -> tuple[Weight, ...]:
 
     A tied embedding appears once. `vocab_size` is the one before padding; the weights are padded.
     """
-    return _list_weights(
-        config.model, config.vision, config.laver, config.train.trainable, padded_vocab(vocab_size, config)
-    )
+    head = config.laver.vision_head_hidden_size if reconstructs(config) else None
+    vocabulary = padded_vocab(vocab_size, config)
+    return _list_weights(config.model, config.vision, head, config.train.trainable, vocabulary)
 
 
 @functools.lru_cache(maxsize=16)
 def _list_weights(
-    model: ModelConfig, vision: VisionConfig, laver: LaverConfig, trainable: tuple[str, ...], vocabulary: int
+    model: ModelConfig, vision: VisionConfig, head: int | None, trainable: tuple[str, ...], vocabulary: int
 ) -> tuple[Weight, ...]:
     return tuple(
         Weight(name=name, shape=shape, trains=_matches(name, trainable), **rest)
-        for name, shape, rest in _entries(model, vision, laver, vocabulary)
+        for name, shape, rest in _entries(model, vision, head, vocabulary)
     )
 
 
@@ -79,7 +80,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _entries(
-    model: ModelConfig, vision: VisionConfig, laver: LaverConfig, vocabulary: int
+    model: ModelConfig, vision: VisionConfig, head: int | None, vocabulary: int
 ) -> Iterator[tuple[str, tuple[int, ...], dict]]:
     assert model.hidden_size and model.num_layers
     width = model.hidden_size
@@ -96,7 +97,7 @@ def _entries(
     for i, shape in enumerate(connector):
         yield f"connector.layers.{2 * i}.weight", shape, dict(rows="visual", **first)
         yield f"connector.layers.{2 * i}.bias", shape[:1], first
-    if laver.laver and vision.vision != "none":
+    if head is not None and vision.vision != "none":
         yield "mask_token", (width,), first
     yield EMBEDDING, (vocabulary, width), dict(split=True, **first)
     for layer in range(model.num_layers):
@@ -105,8 +106,7 @@ def _entries(
     yield "language_model.decoder.final_layernorm.weight", (width,), dict(place="last")
     if model.untie_embeddings_and_output_weights:
         yield HEAD, (vocabulary, width), dict(place="last", split=True, rows="logits")
-    if laver.laver:
-        head = laver.vision_head_hidden_size
+    if head is not None:
         for i, shape in enumerate([(head, width), (head, head), (width, head)]):
             yield f"vision_head.layers.{2 * i}.weight", shape, dict(place="last", rows="latent")
             if i < 2:

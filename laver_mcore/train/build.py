@@ -13,7 +13,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from laver_kernels.backend import decide
 from laver_mcore.accounting.training_cost import training_cost
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import Config
 from laver_mcore.convert.decoder import check_weights
 from laver_mcore.convert.safetensors_directory import open_weights
@@ -32,10 +32,8 @@ from laver_mcore.model.layer_spec import transformer_config
 from laver_mcore.model.native_encoders import NATIVE
 from laver_mcore.model.network import Network
 from laver_mcore.model.parameters import freeze, unwrap
-from laver_mcore.model.teacher import Teacher
 from laver_mcore.model.vision_encoders import read_patch_size
-from laver_mcore.objectives.laver import Laver
-from laver_mcore.objectives.objective import LanguageModel, Objective
+from laver_mcore.objectives.objective import Parts, load_objective
 from laver_mcore.train import checkpoint
 from laver_mcore.train.engine import Engine
 
@@ -187,11 +185,12 @@ def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[E
     trainable = freeze(chunks, config.train.trainable, topology)
     models = _wrap(config, chunks)
     optimizer = build_optimizer(config, models)
-    objective: Objective = LanguageModel()
-    if config.laver.laver:
-        buckets, offload = weight_buckets(chunks, optimizer), config.laver.offload_teacher
-        teacher = Teacher(chunks, topology, buckets, config.train.kernels, offload=offload)
-        objective = Laver(config, topology, teacher)
+    parts = Parts(
+        chunks=chunks,
+        topology=topology,
+        buckets=weight_buckets(chunks, optimizer),
+    )
+    objective = load_objective(config.train.objective).build(config, parts)
     engine = Engine(
         config=config,
         topology=topology,
@@ -229,6 +228,6 @@ def attention_geometry(config: Config) -> AttentionGeometry:
         head_dim=model.kv_channels,
         rotary_base=model.rotary_base,
         mrope_section=model.mrope_section,
-        rope_2d=config.laver.rope_2d,
-        mixed=config.laver.mixed_attention,
+        rope_2d=config.attention.rope_2d,
+        mixed=config.attention.mixed_attention,
     )

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from laver_mcore.accounting.work import StepWork, micro_batch_work
+from laver_mcore.config.objectives import reconstructs
 from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.device import send
 from laver_mcore.model.inputs import num_student_rows, round_up
@@ -47,8 +48,8 @@ def without_tails(batches: Sequence[Batch], engine: Engine) -> list[Batch]:
 
 def student_rows(batches: Sequence[Batch], engine: Engine) -> list[int]:
     """Rows of the student's pass over each micro-batch, padding included."""
-    pad, laver = engine.config.data.pad_to_multiple, engine.config.laver.laver
-    return even_rows([num_student_rows(batch, laver, pad) for batch in batches], engine)
+    pad, again = engine.config.data.pad_to_multiple, reconstructs(engine.config)
+    return even_rows([num_student_rows(batch, again, pad) for batch in batches], engine)
 
 
 def teacher_rows(batches: Sequence[Batch], students: Sequence[int], engine: Engine) -> list[int]:

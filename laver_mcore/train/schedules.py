@@ -7,6 +7,7 @@ Source: LaVer (arXiv 2512.06281), section 3 and its released schedules; `method.
 import math
 from dataclasses import dataclass
 
+from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config, LaverConfig, OptimizerConfig
 
 CONSTANT_MASK_START = 0.125
@@ -60,11 +61,11 @@ def ema_steps(config: LaverConfig, train_iters: int) -> int:
 def at(config: Config, iteration: int) -> Knobs:
     """All knobs of the step that follows `iteration` finished ones."""
     total = config.train.train_iters
-    laver = config.laver
+    laver, teaches = config.laver, reconstructs(config)
     return Knobs(
         iteration=iteration,
         learning_rate=learning_rate(config.optimizer, iteration, total),
-        mask_ratio=mask_ratio(laver, iteration, total) if laver.laver else 0.0,
-        momentum=momentum(laver, iteration, total) if laver.laver else 1.0,
-        update_teacher=laver.laver and (iteration + 1) % ema_steps(laver, total) == 0,
+        mask_ratio=mask_ratio(laver, iteration, total) if teaches else 0.0,
+        momentum=momentum(laver, iteration, total) if teaches else 1.0,
+        update_teacher=teaches and (iteration + 1) % ema_steps(laver, total) == 0,
     )

@@ -12,7 +12,7 @@ SHAPE = (
 )
 VARIANTS = {
     "plain": "",
-    "lm_only": "--no-laver",
+    "lm_only": "--objective lm",
     "full_recompute": "--recompute-granularity full",
     "decoder_frozen": "--trainable connector.* mask_token vision_head.*",
 }

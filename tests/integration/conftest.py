@@ -58,7 +58,7 @@ VARIANTS: dict[str, str] = {
     "one_token": "--image-size 8 --patch-size 8",
     "text_rows": "--data-path {directory}/text_rows.json",
     "released": "--gram ga --gram-scope micro_batch --mask-draw bernoulli --no-mixed-attention --no-rope-2d",
-    "lm_only": "--no-laver",
+    "lm_only": "--objective lm",
 }
 VARIANT_LAYOUTS = ("tp1", "tp2_sp", "pp2", "dp2_distributed")
 

@@ -47,10 +47,12 @@ def python(*argv: str, timeout: float = 240, **variables: str) -> subprocess.Com
     )
 
 
-def torchrun(num_ranks: int, *argv: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    num_ranks: int, *argv: str, timeout: float = 240, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node num_ranks argv...` with a rendezvous of its own."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks))
-    return python(*launcher, *argv, timeout=timeout)
+    return python(*launcher, *argv, timeout=timeout, **variables)
 
 
 def run_scenarios(num_ranks: int, directory: Path, scenarios: Sequence[Scenario]) -> None:

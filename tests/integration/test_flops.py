@@ -18,10 +18,10 @@ TOWER = "--overlong drop --vision KIND --vision-path {directory}/KIND --vision-r
 # Name -> flags. The sample recipe is encoder-free LaVer in which everything trains.
 STEPS = {
     "laver": "",
-    "lm_only": "--no-laver",
-    "connector_alone": "--no-laver --trainable connector.*",
+    "lm_only": "--objective lm",
+    "connector_alone": "--objective lm --trainable connector.*",
     "upper_layers": "--trainable language_model.decoder.layers.[23].* vision_head.*",
-    "one_matrix": "--no-laver --trainable language_model.decoder.layers.2.mlp.linear_fc1.weight",
+    "one_matrix": "--objective lm --trainable language_model.decoder.layers.2.mlp.linear_fc1.weight",
     "heads_alone": "--trainable vision_head.* language_model.output_layer.weight "
     "--untie-embeddings-and-output-weights True",
     "untied": "--untie-embeddings-and-output-weights True",

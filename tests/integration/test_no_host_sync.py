@@ -6,7 +6,7 @@ from integration.harness import host_waits
 
 VARIANTS = {
     "laver": "",
-    "lm_only": "--no-laver",
+    "lm_only": "--objective lm",
     "released": "--gram ga --gram-scope micro_batch --mask-draw bernoulli",
     "bf16_distributed": "--bf16 --use-distributed-optimizer --overlap-grad-reduce",
     "recompute": "--recompute-granularity full",

@@ -67,7 +67,7 @@ VARIANTS = {
         f"{DATA} --gram ga --gram-scope micro_batch --mask-draw bernoulli --no-mixed-attention --no-rope-2d",
         "bernoulli",
     ),
-    "lm_only": Variant(replace(SHORT, laver=False), f"{DATA} --no-laver"),
+    "lm_only": Variant(replace(SHORT, laver=False), f"{DATA} --objective lm"),
     "one_token": Variant(SHORT, f"{DATA} --image-size 8 --patch-size 8"),
     "text_rows": Variant(SHORT, "--data-path {directory}/text_rows.json"),
     "untied_two_rows": Variant(
@@ -78,7 +78,8 @@ VARIANTS = {
         f"{DATA} --trainable connector.* mask_token vision_head.*",
     ),
     "connector_only": Variant(
-        replace(SHORT, laver=False, trainable=("connector.*",)), f"{DATA} --no-laver --trainable connector.*"
+        replace(SHORT, laver=False, trainable=("connector.*",)),
+        f"{DATA} --objective lm --trainable connector.*",
     ),
 }
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from sample_run import write_recipe, write_sample_data
 
 from laver_mcore.cli.run import check_save_folder, skip_ahead
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse, to_yaml
 from laver_mcore.megatron import checkpoints, parallel
 from laver_mcore.megatron.checkpoints import CheckpointError

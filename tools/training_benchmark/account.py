@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from laver_mcore.accounting.flops import step_flops
 from laver_mcore.accounting.work import StepWork, micro_batch_work
+from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config
 from laver_mcore.data.sequence.prompt import IGNORE
 from laver_mcore.model.inputs import round_up
@@ -58,7 +59,7 @@ def _engine_work(config: Config, batches: Sequence[MicroBatch], setting: Setting
 
 
 def _micro_batch_work(config: Config, batch: MicroBatch, setting: Setting) -> StepWork:
-    laver = config.laver.laver
+    laver = reconstructs(config)
     grids = [(span.height, span.width) for sample in batch.samples for span in sample.image_spans]
     visual, multiple = sum(h * w for h, w in grids), config.data.pad_to_multiple
     reconstruction = round_up(visual, multiple) if laver else 0
@@ -83,7 +84,7 @@ def _released_rows(batches: Sequence[Sequence[MicroBatch]]) -> tuple[int, int]:
 
 def _released_flops(config: Config, vocab_size: int, work: StepWork, rows: int, pairs: int) -> float:
     """Two passes forward and backward and one forward over padded rows, logits of all rows in the first."""
-    lm_only = replace(config, laver=replace(config.laver, laver=False))
+    lm_only = replace(config, train=replace(config.train, objective="lm"))
     frozen = replace(lm_only, train=replace(config.train, trainable=()))
     student = StepWork(dialogue_rows=2 * rows, dialogue_pairs=2 * pairs, supervised_rows=rows)
     teacher = StepWork(dialogue_rows=rows, dialogue_pairs=pairs)

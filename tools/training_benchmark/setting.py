@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import resolve
 from laver_mcore.config.schema import (
     Config,
@@ -151,7 +151,6 @@ def engine_config(setting: Setting, laver: bool) -> Config:
                 patch_size=setting.patch_size,
             ),
             laver=LaverConfig(
-                laver=laver,
                 mask_ratio=setting.mask_ratio,
                 teacher_precision=setting.teacher_precision if laver else "same",
                 vision_head_hidden_size=setting.vision_head_hidden_size,
@@ -170,6 +169,7 @@ def engine_config(setting: Setting, laver: bool) -> Config:
                 bf16=setting.bf16,
                 transformer_impl="local" if setting.teacher_precision == "fp8" else "auto",
                 seed=setting.seed,
+                objective="laver" if laver else "lm",
                 trainable=LAVER_TRAINABLE if laver else TRAINABLE,
             ),
             run=RunConfig(tensorboard=False),

@@ -12,8 +12,8 @@ from laver_mcore.accounting.work import StepWork, micro_batch_work
 from laver_mcore.config.load import from_recipe, resolve
 from laver_mcore.config.presets import fill_from_preset
 from laver_mcore.config.schema import (
+    AttentionConfig,
     Config,
-    LaverConfig,
     ModelConfig,
     ParallelConfig,
     TrainConfig,
@@ -52,7 +52,11 @@ def test_pairs_of_the_mask(name, mixed):
     documents = DOCUMENTS[name]
     grids = [s for document in documents for s in document if not isinstance(s, int)]
     lengths = [sum(s if isinstance(s, int) else s[0] * s[1] for s in document) for document in documents]
-    config = Config(laver=LaverConfig(laver=True, mixed_attention=mixed), vision=VisionConfig(vision="none"))
+    config = Config(
+        attention=AttentionConfig(mixed_attention=mixed),
+        train=TrainConfig(objective="laver"),
+        vision=VisionConfig(vision="none"),
+    )
     rows = dict(student_rows=sum(lengths) + 99, teacher_rows=128, supervised_rows=3, masked_rows=2)
     work = micro_batch_work(config, document_lengths=lengths, image_grids=grids, **rows)
     assert work.dialogue_pairs == dense_pairs(documents, mixed)

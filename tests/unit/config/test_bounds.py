@@ -2,7 +2,8 @@
 
 import pytest
 
-from laver_mcore.config.checks import ConfigError, check_world
+from laver_mcore.config.checks import check_world
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse
 from laver_mcore.config.presets import fill_from_preset
 from laver_mcore.config.schema import ModelConfig
@@ -11,9 +12,8 @@ from laver_mcore.convert.hub.configuration_laver import LaverConfig as Published
 RECIPE = """
 model: {model: tiny}
 vision: {vision: encoder-free, image_size: 32, patch_size: 8}
-laver: {laver: true}
 data: {data_path: [x.json], tokenizer_model: t.model, seq_length: 128, pad_to_multiple: 16}
-train: {train_iters: 10, global_batch_size: 8}
+train: {objective: laver, train_iters: 10, global_batch_size: 8}
 run: {save: runs/x}
 """
 NATIVE = "--vision qwen2-vl --vision-path tower"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse
 
 RECIPE = Path(__file__).resolve().parents[3] / "examples/qwen2.5-7b-siglip2/stage2.yaml"

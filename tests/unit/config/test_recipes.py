@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 import pretrain_laver
-from laver_mcore.config.checks import ConfigError, check_world
+from laver_mcore.config.checks import check_world
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import from_recipe, parse, to_yaml
 from laver_mcore.config.presets import PRESETS, fill_from_preset
 from laver_mcore.config.schema import Config, ModelConfig
@@ -44,7 +45,7 @@ PRECEDENCE = {
         ("mask_token", "vision_head.*"),
     ),
     "switch_on": ("--bf16", "train", "bf16", True),
-    "switch_off": ("--no-mixed-attention", "laver", "mixed_attention", False),
+    "switch_off": ("--no-mixed-attention", "attention", "mixed_attention", False),
     "last_flag_wins": ("--lr 1 --lr 2", "optimizer", "lr", 2.0),
     "preset_by_flag": ("--model qwen2.5-0.5b", "model", "hidden_size", 896),
     "head_width_follows": ("--hidden-size 256", "model", "kv_channels", 64),

@@ -9,7 +9,7 @@ from unit.model.test_native_encoders import write_directory
 
 from laver_mcore.config.hugging_face import read_shape, text_config
 from laver_mcore.config.presets import fill_from_preset
-from laver_mcore.config.schema import Config, LaverConfig, ModelConfig, VisionConfig
+from laver_mcore.config.schema import AttentionConfig, Config, ModelConfig, VisionConfig
 from laver_mcore.convert.export import _generation_config, model_config, processor_config
 
 SHAPE = dict(
@@ -116,13 +116,13 @@ def test_untied_where_the_flag_is_missing(tmp_path):
     assert (found["rotary_base"], found["kv_channels"]) == (10000.0, 8)
 
 
-def recipe(untied=True, tower=None, **laver):
+def recipe(untied=True, tower=None, **attention):
     """Encoder-free, or with a tower from its directory."""
     vision = VisionConfig(vision="encoder-free", image_size=48, patch_size=12, connector_hidden_size=40)
     if tower is not None:
         vision = VisionConfig(vision="siglip", vision_path=str(tower), vision_layer=-2)
     shape = model(untied, mrope_section=(0, 2, 3))
-    return Config(model=shape, vision=vision, laver=LaverConfig(**laver))
+    return Config(model=shape, vision=vision, attention=AttentionConfig(**attention))
 
 
 @pytest.fixture

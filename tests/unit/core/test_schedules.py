@@ -89,13 +89,13 @@ def test_ema_steps(total, ratio, steps, wanted):
 
 
 def test_teacher_moves_after_every_third_step():
-    config = Config(laver=LaverConfig(laver=True, ema_steps=3), train=TrainConfig(train_iters=10))
+    config = Config(laver=LaverConfig(ema_steps=3), train=TrainConfig(objective="laver", train_iters=10))
     moves = [schedules.at(config, iteration).update_teacher for iteration in range(10)]
     assert [iteration + 1 for iteration, moved in enumerate(moves) if moved] == [3, 6, 9]
 
 
 def test_without_laver_nothing_is_masked_and_no_teacher_moves():
-    config = Config(laver=LaverConfig(laver=False, ema_steps=1), train=TrainConfig(train_iters=10))
+    config = Config(laver=LaverConfig(ema_steps=1), train=TrainConfig(objective="lm", train_iters=10))
     knobs = [schedules.at(config, iteration) for iteration in range(10)]
     assert {(k.mask_ratio, k.momentum, k.update_teacher) for k in knobs} == {(0.0, 1.0, False)}
 
@@ -103,10 +103,10 @@ def test_without_laver_nothing_is_masked_and_no_teacher_moves():
 def test_knobs_are_the_four_schedules():
     """`at` is what the loop asks: every knob from its own schedule, over the whole run."""
     config = Config(
-        laver=LaverConfig(laver=True, mask_ratio=0.2, momentum=0.9),
+        laver=LaverConfig(mask_ratio=0.2, momentum=0.9),
         optimizer=OptimizerConfig(lr=1e-3, lr_warmup_iters=5),
     )
-    config = replace(config, train=TrainConfig(train_iters=40))
+    config = replace(config, train=TrainConfig(objective="laver", train_iters=40))
     for iteration in range(40):
         knobs = schedules.at(config, iteration)
         decay = iteration / 40

@@ -10,6 +10,7 @@ from realistic import STAGE_2, realistic_mix
 from laver_mcore.accounting.training_cost import training_cost
 from laver_mcore.config.load import resolve
 from laver_mcore.config.schema import (
+    AttentionConfig,
     Config,
     DataConfig,
     LaverConfig,
@@ -34,7 +35,7 @@ VARIANTS = {
 }
 
 
-def tiny(**laver):
+def tiny(laver=True, mixed_attention=True, **settings):
     return resolve(
         Config(
             model=ModelConfig(
@@ -49,9 +50,10 @@ def tiny(**laver):
                 make_vocab_size_divisible_by=8,
             ),
             vision=VisionConfig(vision="encoder-free", image_size=32, patch_size=8),
-            laver=LaverConfig(**{"laver": True, "vision_head_hidden_size": 12} | laver),
+            attention=AttentionConfig(mixed_attention=mixed_attention),
+            laver=LaverConfig(vision_head_hidden_size=12, **settings),
             data=DataConfig(data_path=("x",), tokenizer_model="y"),
-            train=TrainConfig(global_batch_size=8),
+            train=TrainConfig(objective="laver" if laver else "lm", global_batch_size=8),
         )
     )
 

@@ -9,7 +9,7 @@ from corpora import write_finevision
 from sample_run import write_recipe, write_sample_data
 
 from laver_mcore.cli.run import skip_ahead
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse
 from laver_mcore.data.images.native import native_processor
 from laver_mcore.data.records.finevision import RatingFilter

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse
 from laver_mcore.model.fp8 import Fp8Pass, _Fp8Teacher, multiply, quantize_rows
 from laver_mcore.model.layer_spec import require_fp8
@@ -205,11 +205,17 @@ def test_only_the_teachers_pass_is_in_fp8():
 
 # Flags -> words of the refusal.
 REFUSED = {
-    "no_teacher": ("--no-laver", "teacher_precision=fp8 needs a teacher"),
-    "transformer_engine": ("--laver --transformer-impl transformer_engine", "use transformer_impl=local"),
-    "odd_width": ("--laver --ffn-hidden-size 136", "ffn_hidden_size / tensor_model_parallel_size is 136"),
+    "no_teacher": ("--objective lm", "teacher_precision=fp8 needs a teacher"),
+    "transformer_engine": (
+        "--objective laver --transformer-impl transformer_engine",
+        "use transformer_impl=local",
+    ),
+    "odd_width": (
+        "--objective laver --ffn-hidden-size 136",
+        "ffn_hidden_size / tensor_model_parallel_size is 136",
+    ),
     "odd_share": (
-        "--laver --num-attention-heads 8 --num-query-groups 2 --kv-channels 4 --tensor-model-parallel-size 2",
+        "--objective laver --num-attention-heads 8 --num-query-groups 2 --kv-channels 4 --tensor-model-parallel-size 2",
         "num_query_groups x kv_channels x 2 / tensor_model_parallel_size is 8",
     ),
 }

@@ -14,7 +14,8 @@ from unit.plan import test_dry_run as by_hand
 
 from laver_mcore.accounting.devices import GIB, GPUS
 from laver_mcore.accounting.typical import typical_mix, typical_work
-from laver_mcore.config.checks import ConfigError, check, check_world
+from laver_mcore.config.checks import check, check_world
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import from_recipe, resolve
 from laver_mcore.plan.__main__ import main
 from laver_mcore.plan.layouts import MICRO_BATCHES, NODE, RECOMPUTE, VIRTUAL, Layout, candidates, refusal

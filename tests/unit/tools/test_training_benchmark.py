@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from laver_mcore.config.checks import ConfigError
+from laver_mcore.config.errors import ConfigError
 from tools.benchmark_training import chosen_arms
 from tools.training_benchmark import measure, report
 from tools.training_benchmark.account import account
