@@ -1,4 +1,4 @@
-"""The objective of docs/extending.md, installed as a package: found by its entry point, trained and logged like ours."""
+"""The objective of docs/extending.md, installed as a package: found by entry point, trained and logged like ours."""
 
 import json
 from pathlib import Path
