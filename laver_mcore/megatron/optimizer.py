@@ -1,6 +1,7 @@
 """Megatron's optimizer for the model chunks, and where it keeps the fp32 master weights."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from laver_mcore.config.schema import Config
-from laver_mcore.megatron.parallel import Topology
 from laver_mcore.megatron.weight_shards import Bucket
 
 
@@ -51,17 +51,15 @@ def set_rates(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: 
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
 
 
-def used_learning_rate(optimizer: MegatronOptimizer, topology: Topology) -> torch.Tensor:
+def used_learning_rate(optimizer: MegatronOptimizer, device: torch.device) -> torch.Tensor:
     """The rate that the optimizer works with, read back from its groups without their multipliers, fp64 scalar.
 
-    The same on every rank of the model: on a pipeline stage where nothing trains there is no group to read.
+    Megatron gives every rank all groups of the model, those in which it has no parameter included, so a pipeline stage
+    where nothing trains knows it as well.
     """
     groups = [group for part in _working_parts(optimizer) for group in part.optimizer.param_groups]
     rates = [group["lr"] / group.get("lr_mult", 1.0) for group in groups]
-    rate = torch.full((), max(rates, default=0.0), dtype=torch.float64, device=topology.device)
-    if topology.pp_size > 1:
-        dist.all_reduce(rate, op=dist.ReduceOp.MAX, group=topology.pp_group)
-    return rate
+    return torch.full((), max(rates, default=math.nan), dtype=torch.float64, device=device)
 
 
 def apply_gradients(optimizer: MegatronOptimizer) -> tuple[torch.Tensor, torch.Tensor]:

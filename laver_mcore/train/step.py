@@ -169,7 +169,7 @@ def train_step(
         losses=_reduce_losses(collected, engine),
         counts=counts.terms,
         work=counts.work,
-        learning_rate=used_learning_rate(engine.optimizer, engine.topology),
+        learning_rate=used_learning_rate(engine.optimizer, engine.topology.device),
         grad_norm=grad_norm,
         applied=applied,
         teacher_distance=teacher_distance,

@@ -304,7 +304,7 @@ def test_variant_follows_the_oracle(variants, variant):
 
 @pytest.mark.parametrize("variant", ["connector_only"])
 def test_last_stage_where_nothing_trains_follows_the_oracle(variants, variant):
-    """Its rank writes the metrics, and has no parameter group to read the learning rate from."""
+    """Its rank writes the metrics, and reads the learning rate from groups that hold none of its parameters."""
     name, settings = f"{variant}-pp2", VARIANTS[variant].settings
     extra = f"{VARIANTS[variant].flags} {LAYOUTS['pp2'][1]}"
     run_scenarios(2, variants, [scenario(variants, name, settings, extra)])
