@@ -1,5 +1,6 @@
 """Process groups -> a frozen `Topology`, read once and passed to whoever needs to know where it runs."""
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -153,6 +154,17 @@ def _replica_group(config: ParallelConfig) -> dist.ProcessGroup:
     group, _ = dist.new_subgroups_by_enumeration(replicas)
     assert group is not None
     return group
+
+
+def forget_groups() -> None:
+    """Close the groups of a topology that is no longer needed; the world's own stays.
+
+    Megatron leaves them behind, and each keeps three threads that wake up a hundred times a second.
+    """
+    for group in (mpu._global_process_group_list or [None])[1:]:
+        dist.destroy_process_group(group)
+    mpu.destroy_model_parallel()
+    gc.collect()
 
 
 def shut_down() -> None:

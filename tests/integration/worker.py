@@ -3,7 +3,6 @@
 Starting processes and importing torch takes longer than training a tiny model, so one launch serves many layouts.
 """
 
-import gc
 import json
 import traceback
 import warnings
@@ -46,7 +45,6 @@ class Step:
 def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore")
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     from laver_mcore.cli.run import train_run
     from laver_mcore.config.load import parse
@@ -54,13 +52,6 @@ def main(argv: list[str]) -> int:
     from laver_mcore.train import loop
 
     device = parallel.init_distributed(timeout_minutes=2)
-
-    def forget_groups() -> None:
-        """Megatron leaves its groups behind, three threads each that wake up a hundred times a second."""
-        for group in (parallel_state._global_process_group_list or [None])[1:]:
-            dist.destroy_process_group(group)
-        parallel_state.destroy_model_parallel()
-        gc.collect()
 
     train_step = loop.train_step
     for scenario in json.loads(Path(argv[0]).read_text()):
@@ -75,7 +66,7 @@ def main(argv: list[str]) -> int:
             if dist.get_rank() == 0:
                 Path(scenario["error"]).write_text(traceback.format_exc())
         dist.barrier()
-        forget_groups()
+        parallel.forget_groups()
     return 0
 
 

@@ -46,6 +46,14 @@ def device():
         parallel.shut_down()
 
 
+@pytest.fixture(autouse=True)
+def no_group_is_left():
+    """Every engine makes groups of its own, and each of them threads that slow all that follows."""
+    yield
+    if dist.is_initialized():
+        parallel.forget_groups()
+
+
 def config_of(recipe, flags=""):
     return parse(["--config", str(recipe), *flags.split()])[0]
 
