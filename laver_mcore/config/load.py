@@ -6,7 +6,6 @@ that itself starts from another through a top-level `base: other.yaml`.
 
 import argparse
 import contextlib
-import difflib
 import io
 import itertools
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from laver_mcore.config.checks import check
-from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.errors import ConfigError, nearest
 from laver_mcore.config.hugging_face import read_shape
 from laver_mcore.config.presets import fill_from_preset
 from laver_mcore.config.renamed import FLAGS, with_todays_keys
@@ -27,11 +26,6 @@ from laver_mcore.config.schema import Config
 
 _SECTIONS = {f.name: f.default_factory for f in fields(Config)}  # type: ignore[misc]
 _FLAT = tuple(f.name for make in _SECTIONS.values() for f in fields(make()))  # type: ignore[operator,misc]
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The known name closest to `name`, for error messages."""
-    return difflib.get_close_matches(name, known, 1, 0.0)[0]
 
 
 def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:

@@ -1,10 +1,10 @@
 """Objectives by name, and what has to be known of one without importing it."""
 
-import difflib
+import functools
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
-from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.errors import ConfigError, nearest
 from laver_mcore.config.schema import Config
 
 ENTRY_POINTS = "laver_mcore.objectives"
@@ -28,6 +28,7 @@ BUILT_IN = {
 }
 
 
+@functools.cache  # installed packages are looked through once, not in every step
 def objective_spec(name: str) -> ObjectiveSpec:
     """The objective of this name, built in or installed; `ConfigError` names the nearest one."""
     if name in BUILT_IN:
@@ -36,8 +37,9 @@ def objective_spec(name: str) -> ObjectiveSpec:
     if name in installed:
         return ObjectiveSpec(path=installed[name])
     known = [*BUILT_IN, *installed]
-    near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-    raise ConfigError(f"objective={name!r} is not known; did you mean {near!r}? ({', '.join(known)})")
+    raise ConfigError(
+        f"objective={name!r} is not known; did you mean {nearest(name, known)!r}? ({', '.join(known)})"
+    )
 
 
 def reconstructs(config: Config) -> bool:

@@ -1,9 +1,9 @@
 """Decoder shapes by name: Qwen2.5's published configurations and the demo's tiny one."""
 
-import difflib
 from dataclasses import fields, replace
 from typing import Any
 
+from laver_mcore.config.errors import nearest
 from laver_mcore.config.schema import ModelConfig
 
 # The larger base models have an epsilon of 1e-5, their Instruct versions, where the recipes start, this one.
@@ -99,9 +99,9 @@ def fill_from_preset(config: ModelConfig, shape: dict[str, Any] | None = None) -
     `shape` (of a Hugging Face directory, say) takes the place of the preset.
     """
     if config.model not in PRESETS:
-        near = difflib.get_close_matches(config.model, PRESETS, 1, 0.0)
         raise ValueError(
-            f"model={config.model!r} is no preset; did you mean {near[0]!r}? ({', '.join(PRESETS)})"
+            f"model={config.model!r} is no preset; did you mean {nearest(config.model, list(PRESETS))!r}? "
+            f"({', '.join(PRESETS)})"
         )
     preset = PRESETS[config.model] if shape is None else shape
     missing = {

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.load import nearest
+from laver_mcore.config.errors import ConfigError, nearest
 from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.laver import LaverModel
 
