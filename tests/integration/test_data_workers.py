@@ -43,12 +43,31 @@ def build(dataset, tokenizer, **changes):
     return DialogueData(dataset / "train.json", **settings | changes)
 
 
+@pytest.fixture(autouse=True)
+def others():
+    """Child processes that other tests of this pytest worker have left, such as torch.compile's, which stay."""
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    OTHERS.update(before)
+    yield
+    OTHERS.difference_update(before)
+
+
+OTHERS: set[int] = set()
+
+
 def children():
-    return [
-        p
-        for p in psutil.Process().children(recursive=True)
-        if "laver" in p.name() or "spawn" in " ".join(p.cmdline())
-    ]
+    """Processes that `multiprocessing` has started for this test, dead ones that nobody has waited for included."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            command = "" if process.pid in OTHERS else " ".join(process.cmdline())
+        except psutil.ZombieProcess:
+            command = "spawn_main"
+        except psutil.NoSuchProcess:
+            continue
+        if "spawn_main" in command:
+            found.append(process)
+    return found
 
 
 @pytest.mark.parametrize("backend", ["pillow", "torch_uint8"])
