@@ -19,13 +19,13 @@ from laver_mcore.data.order.balance import image_shares
 from laver_mcore.data.sequence.batch import collate
 from laver_mcore.data.sequence.prompt import IGNORE, EncodedSample
 from laver_mcore.model.inputs import ModelInputs, model_inputs, round_up
-from laver_mcore.model.laver import LaverModel, LaverOutput
 from laver_mcore.model.network import Network
+from laver_mcore.model.vision_language import ModelOutput, VisionLanguageModel
 from laver_mcore.train.pipeline import run_pipeline
 
 
 @contextlib.contextmanager
-def _evaluation_mode(chunks: Sequence[LaverModel]) -> Iterator[None]:
+def _evaluation_mode(chunks: Sequence[VisionLanguageModel]) -> Iterator[None]:
     was_training = [chunk.training for chunk in chunks]
     try:
         for chunk in chunks:
@@ -44,7 +44,7 @@ def _extended(sample: EncodedSample, answer: list[int]) -> EncodedSample:
     )
 
 
-def _next_tokens(output: LaverOutput, rows_P: torch.Tensor, vocab_size: int, tp_group: Any) -> torch.Tensor:
+def _next_tokens(output: ModelOutput, rows_P: torch.Tensor, vocab_size: int, tp_group: Any) -> torch.Tensor:
     """Most likely next token at each row, int64 [P], the same on every tensor-parallel rank."""
     logits_PV = output.dialogue_TD.index_select(0, rows_P) @ output.output_weight_VD.T
     whole_PV = gather_from_tensor_model_parallel_region(logits_PV, group=tp_group)
@@ -104,7 +104,6 @@ def _forward(network: Network, samples: list[EncodedSample], features: torch.Ten
     batch = collate(samples, [""] * len(samples), total_length=total, pad_id=0)
     inputs = model_inputs(
         batch,
-        None,
         total,
         geometry=network.geometry,
         num_shares=topology.num_shares,
@@ -114,7 +113,7 @@ def _forward(network: Network, samples: list[EncodedSample], features: torch.Ten
     rows_P = torch.from_numpy(lengths.cumsum() - 1).to(topology.device)
 
     def step(data: Iterator[ModelInputs], model: torch.nn.Module) -> tuple[Any, Any]:
-        def collect(output: LaverOutput, non_loss_data: bool) -> torch.Tensor:
+        def collect(output: ModelOutput, non_loss_data: bool) -> torch.Tensor:
             return _next_tokens(output, rows_P, network.vocab_size, topology.tp_group)
 
         return model(next(data)), collect

@@ -89,6 +89,7 @@ def write_recipe(directory: Path) -> Path:
     recipe = f"""
 model: {{model: tiny, num_layers: 4, hidden_size: 64, ffn_hidden_size: 128}}
 vision: {{vision: encoder-free, image_size: {IMAGE_SIZE}, patch_size: {PATCH_SIZE}}}
+objective: laver
 laver:
   mask_ratio: 0.5
   mask_strategy: constant
@@ -103,7 +104,7 @@ data:
   pad_to_multiple: 16
   system_prompt: ""
 optimizer: {{lr: 1.0e-3}}
-train: {{objective: laver, train_iters: 8, micro_batch_size: 1, global_batch_size: 4}}
+train: {{train_iters: 8, micro_batch_size: 1, global_batch_size: 4}}
 """
     path = directory / "recipe.yaml"
     path.write_text(recipe, encoding="utf-8")

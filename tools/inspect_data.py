@@ -21,18 +21,15 @@ from PIL import Image, ImageDraw
 
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse
-from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images.decode import open_image
 from laver_mcore.data.images.processors import ImageProcessor
 from laver_mcore.data.order.balance import imbalance
 from laver_mcore.data.sequence.batch import Batch
-from laver_mcore.data.sequence.masking import draw_mask
 from laver_mcore.data.sequence.prompt import IGNORE
 from laver_mcore.data.sequence.tokenizer import Tokenizer
 from laver_mcore.data.serve.loader import DialogueData
-from laver_mcore.train import schedules
 from laver_mcore.train.build import build_data, build_image_processor, build_tokenizer
 
 _STYLE = """body{font:14px sans-serif;max-width:1100px;margin:2em auto}
@@ -140,17 +137,9 @@ def as_seen(image: Image.Image, processor: ImageProcessor) -> Image.Image:
 
 
 def _mask(config: Config, grid: tuple[int, int], key: str, index: int, step: int) -> np.ndarray:
-    if not reconstructs(config):
-        return np.zeros(grid[0] * grid[1], dtype=bool)
-    return draw_mask(
-        grid[0] * grid[1],
-        schedules.at(config, step).mask_ratio,
-        strategy=config.laver.mask_draw,
-        seed=config.train.seed,
-        key=key,
-        step=step,
-        image_index=index,
-    )
+    num = grid[0] * grid[1]
+    found = config.objective.mask(config, num, key=key, image_index=index, iteration=step)
+    return np.zeros(num, dtype=bool) if found is None else found
 
 
 def _picture_html(picture: Image.Image, key: str, index: int, mask: np.ndarray) -> str:

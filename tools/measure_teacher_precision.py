@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from laver_mcore.config.checks import check_world
@@ -27,8 +26,7 @@ from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.inputs import model_inputs
 from laver_mcore.objectives.gram import gram_sum
 from laver_mcore.objectives.latent import latent_sum
-from laver_mcore.objectives.laver import draw_masks
-from laver_mcore.train import schedules
+from laver_mcore.objectives.laver import LaverConfig
 from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
 from laver_mcore.train.counts import student_rows, without_tails
 
@@ -52,23 +50,29 @@ def see(config: Config, topology: Topology, vocab_size: int, batches: Sequence[B
     """Student and teacher of the recipe on each micro-batch, with masks of the end of their schedule."""
     engine, _ = build_engine(config, topology, vocab_size)
     assert engine.teacher is not None
-    knobs = schedules.at(config, config.train.train_iters - 1)
+    iteration = config.train.train_iters - 1
     batches = without_tails(batches, engine)
     found = []
     for batch, num_rows in zip(batches, student_rows(batches, engine), strict=True):
-        mask = draw_masks(batch, config.laver, knobs.mask_ratio, seed=config.train.seed, step=knobs.iteration)
+        plan = engine.objective.plan(batch, iteration)
         inputs = model_inputs(
-            batch, mask, num_rows, geometry=engine.geometry, num_shares=1, device=topology.device
+            batch,
+            num_rows,
+            reconstruct=True,
+            geometry=engine.geometry,
+            num_shares=1,
+            device=topology.device,
         )
         with torch.no_grad():
-            output = engine.chunks[0](inputs, engine.teacher.weights)
-        if output.teacher_NK is None:
-            continue  # no images
+            output = engine.chunks[0](inputs, engine.objective, plan)
+            if output.target_NK is None:
+                continue  # no images
+            student_NK = engine.chunks[0].vision_head(output.images_ND)
         found.append(
             Seen(
-                student_NK=output.student_NK.float(),
-                targets_NK=output.teacher_NK.float(),
-                masked_rows_M=torch.from_numpy(np.flatnonzero(mask)).to(topology.device),
+                student_NK=student_NK.float(),
+                targets_NK=output.target_NK.float(),
+                masked_rows_M=plan.masked_rows_M,
                 image_lengths=batch.image_lengths,
             )
         )
@@ -90,9 +94,15 @@ def compare(got_NK: torch.Tensor, wanted_NK: torch.Tensor, temperature: float) -
     return tuple(float(value) for value in values)
 
 
+def settings(config: Config) -> LaverConfig:
+    """The recipe's section of the objective."""
+    assert isinstance(config.objective, LaverConfig)
+    return config.objective
+
+
 def losses(config: Config, students: Sequence[Seen], teachers: Sequence[Seen]) -> tuple[float, float]:
     """(mim_loss, gram_loss) of these students against these teachers' targets, over all micro-batches."""
-    laver, mim, gram = config.laver, 0.0, 0.0
+    laver, mim, gram = settings(config), 0.0, 0.0
     for student, teacher in zip(students, teachers, strict=True):
         mim += latent_sum(
             student.student_NK,
@@ -112,7 +122,7 @@ def losses(config: Config, students: Sequence[Seen], teachers: Sequence[Seen]) -
 def report(config: Config, seen: dict[str, list[Seen]]) -> str:
     """Two tables: targets against targets, and the losses that follow."""
     targets = {arm: torch.cat([each.targets_NK for each in found]) for arm, found in seen.items()}
-    temperature = config.laver.teacher_temperature
+    temperature = settings(config).teacher_temperature
     p_NK = torch.softmax(targets["fp32"].double() / temperature, -1)
     entropy = float(torch.special.entr(p_NK).sum(-1).mean())
     lines = [

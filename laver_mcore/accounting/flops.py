@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from laver_mcore.accounting.work import StepWork
-from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config
 from laver_mcore.shapes.towers import TowerShape, tower_shape
 from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, list_weights
@@ -106,13 +105,13 @@ def step_flops(config: Config, vocab_size: int, work: StepWork) -> StepFlops:
     gram = (
         work.gram_pairs * (config.model.hidden_size or 0) * (4.0 if any(w.trains for w in weights) else 2.0)
     )
-    laver = reconstructs(config)
+    again, taught = config.objective.reconstructs, config.objective.teacher(config) is not None
     return StepFlops(
         vision=Flops(model=vision.model, hardware=vision.model + vision.repeated),
         connector=Flops(model=connector.model * visual, hardware=connector.model * visual),
-        teacher=Flops(model=teacher + heads, hardware=teacher + alike * heads) if laver else Flops(),
+        teacher=Flops(model=teacher + heads, hardware=teacher + alike * heads) if taught else Flops(),
         dialogue=_rows(decoder, work.dialogue_rows) + _pairs(attention, work.dialogue_pairs),
-        reconstruction=_rows(decoder, visual) + _pairs(attention, pairs) if laver else Flops(),
+        reconstruction=_rows(decoder, visual) + _pairs(attention, pairs) if again else Flops(),
         lm_head=_lm_head(config, vocab_size, learning, work.supervised_rows),
         vision_head=Flops(model=head.model * visual, hardware=alike * head.model * visual),
         gram=Flops(model=gram, hardware=alike * gram),
@@ -120,7 +119,7 @@ def step_flops(config: Config, vocab_size: int, work: StepWork) -> StepFlops:
             hardware=_rows(decoder, work.student_padding).hardware + decoder.forward * work.teacher_padding
         ),
         optimizer_bytes=ADAM_BYTES * sum(w.size for w in weights if w.trains),
-        ema_bytes=EMA_BYTES * sum(w.size for w in weights if w.averaged) if laver else 0,
+        ema_bytes=EMA_BYTES * sum(w.size for w in weights if w.averaged),
     )
 
 
@@ -139,7 +138,7 @@ def _with_what_learns_below(weights: Sequence[Weight]) -> list[_Learning]:
 
 
 def _matrices(weights: Iterable[_Learning]) -> _PerRow:
-    found = [(2.0 * weight.size, weight.trains + below) for weight, below in weights if weight.rows]
+    found = [(2.0 * w.size * w.uses, w.trains + below) for w, below in weights if w.rows]
     return _PerRow(
         forward=sum(flops for flops, _ in found), backward=sum(flops * times for flops, times in found)
     )

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from laver_mcore.accounting.work import StepWork
-from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config, ParallelConfig, TrainConfig
 from laver_mcore.shapes.towers import tower_shape
 from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, list_weights
@@ -73,7 +72,7 @@ def holdings(config: Config, vocab_size: int) -> tuple[Held, ...]:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         num_virtual_stages_per_pipeline_rank=parallel.num_virtual_stages_per_pipeline_rank,
     )
-    kept = TrainConfig(objective=config.train.objective, trainable=config.train.trainable)
+    kept = TrainConfig(trainable=config.train.trainable)
     return _holdings(replace(config, parallel=few, train=kept), vocab_size)
 
 
@@ -82,6 +81,7 @@ def _holdings(config: Config, vocab_size: int) -> tuple[Held, ...]:
     parallel = config.parallel
     sizes: list[list[tuple[Weight, int]]] = [[] for _ in range(parallel.pipeline_model_parallel_size)]
     tied = not config.model.untie_embeddings_and_output_weights
+    teacher = config.objective.teacher(config)
     for weight in list_weights(config, vocab_size):
         size = weight.size // (parallel.tensor_model_parallel_size if weight.split else 1)
         stages = {_stage_of(weight, config)}
@@ -93,10 +93,10 @@ def _holdings(config: Config, vocab_size: int) -> tuple[Held, ...]:
         Held(
             all=sum(size for _, size in mine),
             trainable=sum(size for w, size in mine if w.trains),
-            averaged=sum(size for w, size in mine if w.averaged) if reconstructs(config) else 0,
+            averaged=sum(size for w, size in mine if w.averaged),
             largest=max((size for w, size in mine if w.trains), default=0),
             fp8_bytes=sum(size + 4 * _rows(w, config) for w, size in mine if w.rows == "decoder")
-            if config.laver.teacher_precision == "fp8"
+            if teacher is not None and teacher.precision == "fp8"
             else 0,
         )
         for mine in sizes
@@ -124,8 +124,10 @@ def state_bytes(config: Config, held: Held, dp_size: int) -> dict[str, int]:
     shards = dp_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
     masters = MASTER if config.train.bf16 else 0
     # In fp32 an average that is whole computes itself; otherwise the teacher computes with a whole copy.
-    copy = element if config.train.bf16 or shards > 1 or config.laver.offload_teacher else 0
-    average = 0 if config.laver.offload_teacher else MASTER
+    teacher = config.objective.teacher(config)
+    offload = teacher is not None and teacher.offload
+    copy = element if config.train.bf16 or shards > 1 or offload else 0
+    average = 0 if offload else MASTER
     return dict(
         weights=element * held.all,
         gradients=GRADIENT * held.trainable,
@@ -150,7 +152,11 @@ def rank_memory(
     last = pp_rank == parallel.pipeline_model_parallel_size - 1
     in_flight = chunks_in_flight(config, pp_rank, num_micro_batches)
     layers = (config.model.num_layers or 0) // _num_chunks(config)
-    rows = work.dialogue_rows + work.student_padding + (work.visual_tokens if reconstructs(config) else 0)
+    rows = (
+        work.dialogue_rows
+        + work.student_padding
+        + (work.visual_tokens if config.objective.reconstructs else 0)
+    )
     activations = in_flight * layers * rows / parallel.context_parallel_size * _saved_per_row(config)
     activations += _edges(config, weights, work, rows, pp_rank, in_flight)
     learns = any(w.trains for w in weights)
@@ -228,19 +234,18 @@ def _edges(
     tp, along, width, *_ = _sizes(config)
     pp, cp = config.parallel.pipeline_model_parallel_size, config.parallel.context_parallel_size
     visual = work.visual_tokens
-    teacher_rows = visual + work.teacher_padding if reconstructs(config) else 0
+    teacher_rows = visual + work.teacher_padding if config.objective.teacher(config) else 0
+    travelling = teacher_rows + visual * config.objective.travelling()
     saved = 0.0
     if pp_rank == 0:
         saved += (
             in_flight * (visual * _connector_per_token(config) + _tower(config, weights, work)) / (tp * cp)
         )
-    else:  # the teacher's rows travel in the tensor that the first layer saves
-        saved += in_flight * teacher_rows * width / (along * cp)
+    else:  # the teacher's rows, and others, travel in the tensor that the first layer saves
+        saved += in_flight * travelling * width / (along * cp)
     if pp_rank == pp - 1:
         saved += rows * (width / (along * cp) + width)  # the final norm's input and its gathered output
-        head = config.laver.vision_head_hidden_size
-        # Vision head, the teacher's targets, the gradient that the masked loss makes in its forward.
-        saved += visual * (4 * head + 3 * width) if reconstructs(config) else 0
+        saved += visual * config.objective.saved_per_visual_token(config)
         saved += work.supervised_rows / cp * 2 * width
     return saved
 
@@ -282,6 +287,6 @@ def _workspace(config: Config, work: StepWork, rows: int, element: int, held: He
     if config.parallel.recompute_granularity == "full":
         transient += element * rows * _whole_layer_per_row(config)
     transient += element * held.largest  # a gradient on its way into the fp32 buffer
-    gram = min(GRAM_WORKSPACE, element * work.gram_pairs) if last and reconstructs(config) else 0
-    gather = GATHER_WORKSPACE if reconstructs(config) and held.averaged else 0
+    gram = min(GRAM_WORKSPACE, element * work.gram_pairs) if last else 0
+    gather = GATHER_WORKSPACE if held.averaged else 0
     return int(transient + gram + gather)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from laver_mcore.accounting.flops import step_flops
 from laver_mcore.accounting.work import StepWork, micro_batch_work
-from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config, ParallelConfig
 from laver_mcore.data.order.cost import PackingCost
 
@@ -25,8 +24,8 @@ def training_cost(config: Config, vocab_size: int) -> PackingCost:
             config,
             document_lengths=(),
             image_grids=[(side, side)],
-            student_rows=num if reconstructs(config) else 0,
-            teacher_rows=num if reconstructs(config) else 0,
+            student_rows=num if config.objective.reconstructs else 0,
+            teacher_rows=num if config.objective.teacher(config) else 0,
             supervised_rows=0,
             masked_rows=0,
         )

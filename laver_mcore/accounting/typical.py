@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from laver_mcore.accounting.work import StepWork, micro_batch_work
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config
 from laver_mcore.shapes.towers import tower_shape
 
@@ -57,14 +56,14 @@ def typical_work(config: Config, mix: Mix) -> StepWork:
     lengths = [seq_length // documents + (i < seq_length % documents) for i in range(documents)]
     images = rows * mix.images_per_row
     visual = images * mix.image_tokens
-    reconstruction = -(-visual // pad) * pad if reconstructs(config) else 0
+    reconstruction = -(-visual // pad) * pad if config.objective.reconstructs else 0
     text = rows * seq_length - visual
     return micro_batch_work(
         config,
         document_lengths=lengths * rows,
         image_grids=[mix.grid] * images,
         student_rows=rows * seq_length + reconstruction,
-        teacher_rows=reconstruction,
+        teacher_rows=reconstruction if config.objective.teacher(config) else 0,
         supervised_rows=min(text, round(mix.supervised_share * rows * seq_length)),
-        masked_rows=round(config.laver.mask_ratio * visual) if reconstructs(config) else 0,
+        masked_rows=round(config.objective.masked_share() * visual),
     )

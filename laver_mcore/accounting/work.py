@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
-from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config
 from laver_mcore.shapes.towers import TowerShape, tower_shape
 
@@ -85,10 +84,9 @@ def micro_batch_work(
     `image_grids` are (rows, columns) of visual tokens; `student_rows` and `teacher_rows` those of the passes, padding
     included (0 where there is no such pass).
     """
-    mixed, again = config.attention.mixed_attention, reconstructs(config)
+    mixed, again = config.attention.mixed_attention, config.objective.reconstructs
     lengths = [h * w for h, w in image_grids]
     tokens, visual = sum(document_lengths), sum(lengths)
-    gram = visual**2 if config.laver.gram_scope == "micro_batch" else sum(n * n for n in lengths)
     return StepWork(
         dialogue_rows=tokens,
         dialogue_pairs=sequence_pairs(document_lengths, lengths, mixed),
@@ -98,7 +96,7 @@ def micro_batch_work(
         teacher_padding=teacher_rows - visual if teacher_rows else 0,
         supervised_rows=supervised_rows,
         masked_rows=masked_rows,
-        gram_pairs=gram if again and config.laver.gram != "off" else 0,
+        gram_pairs=config.objective.gram_pairs(lengths),
         images=len(lengths),
         **_tower_work(tower_shape(config.vision), image_grids),
     )

@@ -14,6 +14,7 @@ from laver_kernels.backend import decide
 from laver_mcore.config.checks import check_world
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import to_yaml
+from laver_mcore.config.objectives import section_of
 from laver_mcore.config.renamed import with_todays_keys
 from laver_mcore.config.schema import Config
 from laver_mcore.megatron import checkpoints, parallel
@@ -28,7 +29,6 @@ from laver_mcore.train.metrics import Metrics
 
 _MAY_CHANGE = {
     "run": None,
-    "laver": {"teacher_precision"},
     "parallel": None,
     "data": {"num_workers", "worker_timeout", "decode_threads", "max_bad_fraction", "index_folder"},
     "train": {"train_iters", "micro_batch_size", "global_batch_size", "kernels", "transformer_impl"},
@@ -41,10 +41,15 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 
     A key that `old` does not have is newer than its run, which went as by default.
     """
-    defaults = yaml.safe_load(to_yaml(Config()))
+    name = new["objective"]
+    if old.get("objective", name) != name:
+        return f"objective was {old['objective']!r}, now {name!r}"
+    settings = section_of(name)
+    defaults = yaml.safe_load(to_yaml(Config(objective=settings())))
+    may_change = _MAY_CHANGE | {name: settings.may_change}
     for section, values in new.items():
-        allowed = _MAY_CHANGE.get(section, set())
-        if allowed is None:
+        allowed = may_change.get(section, set())
+        if section == "objective" or allowed is None:
             continue
         for key, value in values.items():
             before = old.get(section, {}).get(key, defaults[section][key])
@@ -172,7 +177,7 @@ def _announce(engine: Engine, kernels: str, num_samples: int, report: Any) -> No
         f"{config.model.model}: {num_samples:,} dialogues, {config.train.train_iters:,} iterations of "
         f"{config.train.global_batch_size} rows x {config.data.seq_length} tokens",
         f"TP {topology.tp_size} x PP {topology.pp_size} x CP {topology.cp_size} x DP {topology.dp_size} on "
-        f"{topology.device.type}, kernels: {kernels}, objective {config.train.objective}",
+        f"{topology.device.type}, kernels: {kernels}, objective {config.objective.name}",
         format_trainable(report.trainable),
     ]
     if report.fresh:

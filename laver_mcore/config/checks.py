@@ -1,7 +1,6 @@
 """Every check that needs more than one field, made once, before anything is built."""
 
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config
 
 
@@ -98,19 +97,11 @@ def _check_context_parallel(config: Config) -> None:
     )
 
 
-def _check_objective(config: Config) -> None:
-    laver, vision = config.laver, config.vision
+def _check_vision(config: Config) -> None:
+    vision = config.vision
     _require(
-        not reconstructs(config) or vision.vision != "none",
-        f"objective={config.train.objective} needs a visual path; set vision, or objective=lm",
-    )
-    for name in ("mask_ratio", "momentum", "ema_ratio", "center_momentum"):
-        value = getattr(laver, name)
-        _require(0.0 <= value <= 1.0, f"{name}={value} is not between 0 and 1")
-    for name in ("student_temperature", "teacher_temperature"):
-        _require(getattr(laver, name) > 0.0, f"{name}={getattr(laver, name)} must be positive")
-    _require(
-        laver.ema_steps is None or laver.ema_steps >= 1, f"ema_steps={laver.ema_steps} must be at least 1"
+        not config.objective.reconstructs or vision.vision != "none",
+        f"objective={config.objective.name} needs a visual path; set vision, or objective=lm",
     )
     tower = vision.vision not in ("none", "encoder-free")
     _require(
@@ -125,11 +116,14 @@ def _check_objective(config: Config) -> None:
 
 def _check_teacher_precision(config: Config) -> None:
     """What fp8 needs of the recipe; what it needs of the device is asked where layers are built."""
-    laver, model, tp = config.laver, config.model, config.parallel.tensor_model_parallel_size
-    if laver.teacher_precision == "same":
+    teacher, model, tp = (
+        config.objective.teacher(config),
+        config.model,
+        config.parallel.tensor_model_parallel_size,
+    )
+    if teacher is None or teacher.precision == "same":
         return
-    given = f"teacher_precision={laver.teacher_precision}"
-    _require(reconstructs(config), f"{given} needs a teacher; set objective=laver, or leave it out")
+    given = f"teacher_precision={teacher.precision}"
     _require(
         config.train.transformer_impl != "transformer_engine",
         f"{given} runs in Megatron's local layers; use transformer_impl=local",
@@ -213,7 +207,8 @@ def check(config: Config) -> None:
     """Raise `ConfigError` for the first combination that cannot run; the world size is checked separately."""
     _check_run(config)
     _check_data(config)
-    _check_objective(config)
+    _check_vision(config)
+    config.objective.check(config)
     _check_sizes(config)  # what follows divides by them
     _check_model(config)
     _check_teacher_precision(config)

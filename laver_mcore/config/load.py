@@ -1,7 +1,7 @@
 """YAML recipe + command line -> a checked `Config`.
 
-The recipe is one mapping per section of `Config`; the command line is flat and wins. `--config` may name a recipe
-that itself starts from another through a top-level `base: other.yaml`.
+The recipe is one mapping per section of `Config`, `objective: NAME`, and a section of that name; the command line is
+flat and wins. `--config` may name a recipe that itself starts from another through a top-level `base: other.yaml`.
 """
 
 import argparse
@@ -9,27 +9,39 @@ import contextlib
 import io
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from laver_mcore.config.checks import check
 from laver_mcore.config.errors import ConfigError, nearest
 from laver_mcore.config.hugging_face import read_shape
+from laver_mcore.config.objectives import known_objectives, section_of
 from laver_mcore.config.presets import fill_from_preset
 from laver_mcore.config.renamed import FLAGS, with_todays_keys
-from laver_mcore.config.schema import Config
+from laver_mcore.config.schema import Config, ObjectiveConfig
 
-_SECTIONS = {f.name: f.default_factory for f in fields(Config)}  # type: ignore[misc]
-_FLAT = tuple(f.name for make in _SECTIONS.values() for f in fields(make()))  # type: ignore[operator,misc]
+_SECTIONS: dict[str, type] = {
+    f.name: type(getattr(Config(), f.name)) for f in fields(Config) if f.name != "objective"
+}
 
 
-def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
-    """Read a YAML recipe (and its `base`) into section -> field -> value; `ConfigError` names file and key."""
+def _section(name: str) -> type | None:
+    """The class that a section of this name is read into: a part of `Config`, or the settings of an objective."""
+    if name in _SECTIONS:
+        return _SECTIONS[name]
+    return section_of(name) if name in known_objectives() else None
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Read a YAML recipe (and its `base`) into section -> field -> value, and "objective" -> its name.
+
+    `ConfigError` names file and key.
+    """
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -42,26 +54,32 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
     raw = with_todays_keys(raw, path)
     base = raw.pop("base", None)
     recipe = read_recipe(path.parent / base) if base else {}
+    if "objective" in raw:
+        recipe["objective"] = raw.pop("objective")
     for section, values in raw.items():
-        if section not in _SECTIONS:
-            raise ConfigError(
-                f"{path}: unknown section {section!r}; did you mean {nearest(str(section), list(_SECTIONS))!r}?"
-            )
-        if values is not None and not isinstance(values, dict):
-            raise ConfigError(f"{path}: section {section} must be a mapping, got {type(values).__name__}")
-        names = [f.name for f in fields(_SECTIONS[section]())]  # type: ignore[operator]
-        for name in values or {}:
-            if name not in names:
-                raise ConfigError(
-                    f"{path}: unknown key {section}.{name}; did you mean {nearest(str(name), names)!r}?"
-                )
+        _check_section(path, section, values)
         recipe.setdefault(section, {}).update(values or {})
     return recipe
 
 
-def _build_section(section: str, values: dict[str, Any]) -> Any:
-    kind = type(_SECTIONS[section]())  # type: ignore[operator]
-    adapter: TypeAdapter[Any] = TypeAdapter(kind, config=None if is_dataclass(kind) else ConfigDict())
+def _check_section(path: Path, section: Any, values: Any) -> None:
+    kind = _section(str(section))
+    if kind is None:
+        known = ["objective", *_SECTIONS, *known_objectives()]
+        raise ConfigError(
+            f"{path}: unknown section {section!r}; did you mean {nearest(str(section), known)!r}?"
+        )
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path}: section {section} must be a mapping, got {type(values).__name__}")
+    names = [f.name for f in fields(kind)]
+    for name in values or {}:
+        if name not in names:
+            hint = f"; did you mean {nearest(str(name), names)!r}?" if names else ", which has none"
+            raise ConfigError(f"{path}: unknown key {section}.{name}{hint}")
+
+
+def _build_section(section: str, kind: type, values: dict[str, Any]) -> Any:
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
     try:
         return adapter.validate_python(values)
     except ValidationError as error:
@@ -72,10 +90,21 @@ def _build_section(section: str, values: dict[str, Any]) -> Any:
         ) from None
 
 
-def from_recipe(path: str | Path) -> Config:
-    """The configuration a recipe alone describes, types checked, presets not yet filled in."""
-    recipe = read_recipe(path)
-    return Config(**{section: _build_section(section, recipe.get(section, {})) for section in _SECTIONS})
+def from_recipe(path: str | Path, objective: str | None = None) -> Config:
+    """The configuration a recipe alone describes, types checked, presets not yet filled in.
+
+    `objective` takes the place of the recipe's own.
+    """
+    return _from_sections(read_recipe(path), objective)
+
+
+def _from_sections(recipe: dict[str, Any], objective: str | None) -> Config:
+    name = str(objective or recipe.get("objective", ObjectiveConfig.name))
+    for section, values in recipe.items():  # those of other objectives are checked as well
+        if section != "objective" and section not in _SECTIONS:
+            _build_section(section, section_of(section), values)
+    sections = {s: _build_section(s, kind, recipe.get(s, {})) for s, kind in _SECTIONS.items()}
+    return Config(objective=_build_section(name, section_of(name), recipe.get(name, {})), **sections)
 
 
 def resolve(config: Config) -> Config:
@@ -97,10 +126,13 @@ def resolve(config: Config) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as a recipe that reads back to the same one."""
-    plain = {
-        section: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        for section, values in asdict(config).items()
-    }
+    sections = asdict(config)
+    settings = sections.pop("objective")
+    if settings:
+        sections[config.objective.name] = settings
+    plain: dict[str, Any] = {"objective": config.objective.name}
+    for section, values in sections.items():
+        plain[section] = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return yaml.safe_dump(plain, sort_keys=False, default_flow_style=False)
 
 
@@ -111,19 +143,20 @@ def parse(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     """
     actions = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     actions.add_argument("--config")
+    actions.add_argument("--objective")
     actions.add_argument("--print-config", "--print_config", action="store_true")
     actions.add_argument("--dry-run", "--dry_run", action="store_true")
     chosen, rest = actions.parse_known_args(list(argv))
-    default = from_recipe(chosen.config) if chosen.config else Config()
+    recipe = read_recipe(chosen.config) if chosen.config else {}
+    default = _from_sections(recipe, chosen.objective)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            config, unknown = tyro.cli(
-                Config,
+            flat, unknown = tyro.cli(
+                _command_line(default),
                 prog="pretrain_laver.py",
                 description=_DESCRIPTION,
-                default=default,
-                args=_check_flags(rest),
+                args=_check_flags(rest, default),
                 config=(tyro.conf.OmitArgPrefixes,),
                 return_unknown_args=True,
             )
@@ -133,7 +166,26 @@ def parse(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
         raise ConfigError(_first_paragraph(said.getvalue()) or "the command line cannot be read") from None
     if unknown:
         raise ConfigError(f"unexpected argument {unknown[0]!r}; values follow a --flag")
-    return resolve(config), chosen
+    parts = {section: getattr(flat, section) for section in _SECTIONS}
+    settings = getattr(flat, default.objective.name, default.objective)
+    return resolve(Config(objective=settings, **parts)), chosen
+
+
+def _command_line(default: Config) -> Any:
+    """A class with a field for every flag's section, the objective's own among them; its defaults are the recipe's."""
+    shown = {section: getattr(default, section) for section in _SECTIONS}
+    if fields(default.objective):
+        shown[default.objective.name] = default.objective
+    name = Annotated[str, tyro.conf.arg(help=_OBJECTIVE)]
+    return make_dataclass(
+        "Recipe",
+        [
+            ("objective", name, field(default=default.objective.name)),
+            *((section, type(values), field(default=values)) for section, values in shown.items()),
+        ],
+        frozen=True,
+        kw_only=True,
+    )
 
 
 def _first_paragraph(box: str) -> str:
@@ -142,21 +194,28 @@ def _first_paragraph(box: str) -> str:
     return " ".join(itertools.takewhile(bool, lines))
 
 
-def _check_flags(args: list[str]) -> list[str]:
-    """Refuse an unknown flag in one line that names its nearest neighbour."""
-    known = {*_FLAT, *(f"no_{name}" for name in _FLAT), "help"}
+def _check_flags(args: list[str], default: Config) -> list[str]:
+    """Refuse an unknown flag in one line that names its nearest neighbour, or the objective that it belongs to."""
+    flat = {f.name for kind in (*_SECTIONS.values(), type(default.objective)) for f in fields(kind)}
+    known = {*flat, *(f"no_{name}" for name in flat), "help", "objective"}
     for arg in args:
         if arg.startswith("--"):
             name = arg[2:].split("=", 1)[0].replace("-", "_")
             if name in FLAGS:
                 raise ConfigError(f"{arg} is now {FLAGS[name]}")
             if name not in known:
-                raise ConfigError(
-                    f"unknown flag {arg}; did you mean --{nearest(name, sorted(known)).replace('_', '-')}?"
-                )
+                raise ConfigError(_unknown_flag(arg, name, default, known))
     return args
 
 
+def _unknown_flag(arg: str, name: str, default: Config, known: set[str]) -> str:
+    for other in known_objectives():
+        if name.removeprefix("no_") in {f.name for f in fields(section_of(other))}:
+            return f"{arg} is a setting of objective {other}, and this run's is {default.objective.name}"
+    return f"unknown flag {arg}; did you mean --{nearest(name, sorted(known)).replace('_', '-')}?"
+
+
+_OBJECTIVE = "What is learned: lm (the language model's loss alone), laver, or one that an installed package registers."
 _DESCRIPTION = """Train a vision-language model with latent visual reconstruction (LaVer) on Megatron-Core.
 
 Start from a recipe and override what you like; dashes and underscores are the same:

@@ -1,47 +1,46 @@
-"""Objectives by name, and what has to be known of one without importing it."""
+"""Objectives by name: `--objective laver`, or one that an installed package registers."""
 
 import functools
-from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Any
 
 from laver_mcore.config.errors import ConfigError, nearest
-from laver_mcore.config.schema import Config
+from laver_mcore.config.schema import ObjectiveConfig
 
 ENTRY_POINTS = "laver_mcore.objectives"
 """Group under which an installed package registers objectives of its own: name = "module:Class"."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveSpec:
-    """Where an objective's class is, and what it makes of the model."""
-
-    path: str
-    """`module:Class`."""
-    reconstructs: bool = False
-    """Whether visual tokens also go through the decoder by themselves, masked, against a teacher that a vision head
-    reads as well; accounting and planning count these rows."""
-
-
 BUILT_IN = {
-    "lm": ObjectiveSpec(path="laver_mcore.objectives.objective:LanguageModel"),
-    "laver": ObjectiveSpec(path="laver_mcore.objectives.laver:Laver", reconstructs=True),
+    "lm": "laver_mcore.objectives.objective:LanguageModel",
+    "laver": "laver_mcore.objectives.laver:Laver",
 }
 
 
-@functools.cache  # installed packages are looked through once, not in every step
-def objective_spec(name: str) -> ObjectiveSpec:
-    """The objective of this name, built in or installed; `ConfigError` names the nearest one."""
-    if name in BUILT_IN:
-        return BUILT_IN[name]
+@functools.cache
+def known_objectives() -> dict[str, str]:
+    """Name -> `module:Class` of every objective, built in or installed."""
     installed = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
-    if name in installed:
-        return ObjectiveSpec(path=installed[name])
-    known = [*BUILT_IN, *installed]
-    raise ConfigError(
-        f"objective={name!r} is not known; did you mean {nearest(name, known)!r}? ({', '.join(known)})"
-    )
+    return installed | BUILT_IN
 
 
-def reconstructs(config: Config) -> bool:
-    """Whether the recipe's objective sends visual tokens through the decoder once more, against a teacher."""
-    return objective_spec(config.train.objective).reconstructs
+@functools.cache
+def load_objective(name: str) -> Any:
+    """The class of the objective called `name`; `ConfigError` names the nearest one."""
+    known = known_objectives()
+    if name not in known:
+        raise ConfigError(
+            f"objective={name!r} is not known; did you mean {nearest(name, list(known))!r}? ({', '.join(known)})"
+        )
+    module, _, attribute = known[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def section_of(name: str) -> type[ObjectiveConfig]:
+    """The settings' class of the objective called `name`, which its section of a recipe is read into."""
+    section: type[ObjectiveConfig] = load_objective(name).Settings
+    if section.name != name:
+        raise ConfigError(
+            f"objective {name} has settings of {section.name!r}; its Settings need name = {name!r}"
+        )
+    return section

@@ -10,8 +10,9 @@ Recipe = dict[str, Any]
 _MOVED = {
     ("laver", "mixed_attention"): ("attention", "mixed_attention"),
     ("laver", "rope_2d"): ("attention", "rope_2d"),
-    ("laver", "laver"): ("train", "objective"),
 }
+_OBJECTIVES = {("laver", "laver"): {True: "laver", False: "lm"}, ("train", "objective"): {}}
+"""Older places of the objective's name, and what was written there instead of it."""
 FLAGS = {"laver": "--objective laver", "no_laver": "--objective lm"}
 """Older flag -> today's."""
 
@@ -19,15 +20,25 @@ FLAGS = {"laver": "--objective laver", "no_laver": "--objective lm"}
 def with_todays_keys(raw: Recipe, path: Path) -> Recipe:
     """The recipe with every older key at its new place; what has both keeps the new one. Says so on rank 0."""
     recipe = {section: dict(v) if isinstance(v, dict) else v for section, v in raw.items()}
+    for (section, key), names in _OBJECTIVES.items():
+        value = _taken(recipe, section, key)
+        if value is not None:
+            recipe.setdefault("objective", names.get(value, value))
+            _say(f"{path}: {section}.{key} is now objective: {names.get(value, value)}")
     for (section, key), (new_section, new_key) in _MOVED.items():
-        values = recipe.get(section)
-        if not isinstance(values, dict) or key not in values:
-            continue
-        value = values.pop(key)
-        if (section, key) == ("laver", "laver"):
-            value = "laver" if value else "lm"
-        target = recipe.get(new_section) or {}
-        recipe[new_section] = {new_key: value, **target} if isinstance(target, dict) else target
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{path}: {section}.{key} is now {new_section}.{new_key}: {value}", file=sys.stderr)
+        value = _taken(recipe, section, key)
+        if value is not None:
+            target = recipe.get(new_section) or {}
+            recipe[new_section] = {new_key: value, **target} if isinstance(target, dict) else target
+            _say(f"{path}: {section}.{key} is now {new_section}.{new_key}: {value}")
     return recipe
+
+
+def _taken(recipe: Recipe, section: str, key: str) -> Any:
+    values = recipe.get(section)
+    return values.pop(key, None) if isinstance(values, dict) else None
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)

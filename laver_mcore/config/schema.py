@@ -1,126 +1,17 @@
 """The typed configuration; a recipe's YAML has one mapping per section below, the command line is flat.
 
+`objective` is the exception: a recipe names one, `objective: laver`, and its settings stand in a section of that name.
+
 Flags carry Megatron's names where Megatron has the thing. Every field's docstring is its `--help` text.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Decoder: a preset's shape; any field given here wins over the preset."""
-
-    model: str = "qwen2.5-7b"
-    """Preset: tiny, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-3b, 7b, 14b, 32b, 72b (all qwen2.5-)."""
-    num_layers: int | None = None
-    """Decoder layers."""
-    hidden_size: int | None = None
-    """Width D of the decoder."""
-    ffn_hidden_size: int | None = None
-    """Width of the SwiGLU MLP."""
-    num_attention_heads: int | None = None
-    """Query heads."""
-    num_query_groups: int | None = None
-    """Key/value heads (grouped-query attention)."""
-    kv_channels: int | None = None
-    """Width of one attention head; hidden_size / num_attention_heads where not given."""
-    vocab_size: int | None = None
-    """Vocabulary before padding; the tokenizer's where neither preset nor recipe gives it."""
-    make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
-    untie_embeddings_and_output_weights: bool | None = None
-    """Whether the LM head has weights of its own."""
-    rotary_base: float | None = None
-    """Base of the rotary frequencies."""
-    mrope_section: tuple[int, int, int] | None = None
-    """Rotary bands for (t, row, column), summing to half the head width; the pure 2D split where not given."""
-    norm_epsilon: float | None = None
-    """Epsilon of RMSNorm."""
-    init_method_std: float = 0.02
-    """Standard deviation of random weights."""
-    attention_dropout: float = 0.0
-    """Only 0 is supported: the mixed-attention kernels have no dropout."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """Visual path: a transformers tower at fixed resolution, or encoder-free patches."""
-
-    vision: Literal["none", "encoder-free", "siglip", "clip", "dinov2", "aimv2", "qwen2-vl", "qwen2.5-vl"] = (
-        "siglip"
-    )
-    """Kind of visual path; siglip serves fixed-resolution SigLIP2 too, none trains on text alone."""
-    vision_path: str | None = None
-    """Hugging Face directory with the tower's config, weights and preprocessor_config.json."""
-    vision_random_init: bool = False
-    """Start the tower from random weights; its directory then needs no weights."""
-    vision_layer: int = -1
-    """Which hidden state feeds the connector: -1 the last, -2 the one before (LLaVA's choice for CLIP)."""
-    vision_select: Literal["patch", "cls_patch"] = "patch"
-    """Whether a CLS token is dropped (patch) or kept."""
-    image_size: int = 384
-    """Side in pixels of the square input, encoder-free path only (a tower's own settings decide otherwise)."""
-    patch_size: int = 16
-    """Side in pixels of one patch, encoder-free path only."""
-    min_pixels: int | None = None
-    """Native resolution: images of fewer pixels are scaled up; preprocessor_config.json's bound where not given."""
-    max_pixels: int | None = None
-    """Native resolution: images of more pixels are scaled down; preprocessor_config.json's bound where not given."""
-    connector_hidden_size: int | None = None
-    """Inner width of the connector's MLP; the decoder's width where not given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """What a token sees, and where it stands: in every stage, whatever the objective."""
-
-    mixed_attention: bool = True
-    """Visual tokens of an image see each other both ways; off is causal."""
-    rope_2d: bool = True
-    """Visual tokens have (row, column) positions; off is 1D RoPE."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaverConfig:
-    """Latent visual reconstruction (arXiv 2512.06281), `objective: laver`: losses, teacher, schedules."""
-
-    mask_ratio: float = 0.05
-    """Share r of visual tokens masked at the decoder's input, at the end of its schedule."""
-    mask_strategy: Literal["cosine", "constant"] = "cosine"
-    """Schedule of the mask ratio: cosine 0 -> r, or 0 for the first 12.5 % and then r."""
-    mask_draw: Literal["permutation", "bernoulli"] = "permutation"
-    """Exactly floor(r N) masked tokens per image, or each with probability r."""
-    momentum: float = 0.95
-    """EMA momentum m of the teacher at the start of its schedule."""
-    momentum_strategy: Literal["cosine", "constant"] = "cosine"
-    """Schedule of the momentum: cosine m -> 1, or m throughout."""
-    ema_ratio: float = 0.02
-    """The teacher moves every max(1, int(train_iters * ema_ratio)) iterations."""
-    ema_steps: int | None = None
-    """Iterations between two moves of the teacher; wins over ema_ratio."""
-    offload_teacher: bool = False
-    """Keep the teacher's fp32 average in host memory; it visits the device only when the teacher moves."""
-    teacher_precision: Literal["same", "fp8"] = "same"
-    """The decoder's matrix products in the teacher's forward: the model's precision, or fp8 (Hopper, Ada or newer)."""
-    lambda_laver: float = 1.0
-    """Weight of the masked reconstruction loss (MIM)."""
-    lambda_gram: float = 1.0
-    """Weight of the Gram loss."""
-    gram: Literal["cga", "ga", "off"] = "cga"
-    """Gram loss: clipped (only similarities above the teacher's cost), symmetric, or none."""
-    gram_scope: Literal["image", "micro_batch"] = "image"
-    """Gram matrices per image (paper) or over all visual tokens of a micro-batch (released code)."""
-    student_temperature: float = 0.1
-    """Softmax temperature of the student."""
-    teacher_temperature: float = 0.04
-    """Softmax temperature of the teacher."""
-    centering: bool = False
-    """Subtract a running mean from the teacher's outputs before its softmax."""
-    center_momentum: float = 0.9
-    """Momentum of that running mean."""
-    vision_head_hidden_size: int = 2048
-    """Inner width of the 3-layer vision head."""
+from laver_mcore.config.architecture import AttentionConfig as AttentionConfig
+from laver_mcore.config.architecture import ModelConfig as ModelConfig
+from laver_mcore.config.architecture import VisionConfig as VisionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,10 +112,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The run: objective, batch, length, precision, what trains, kernels."""
+    """The run: batch, length, precision, what trains, kernels."""
 
-    objective: str = "lm"
-    """What is learned: lm (the language model's loss alone), laver, or one that an installed package registers."""
     train_iters: int = 1000
     """Iterations of the whole run, those before a resume included."""
     micro_batch_size: int = 1
@@ -288,13 +177,85 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AddedWeight:
+    """A parameter that an objective adds to the model, whole, under its global name."""
+
+    name: str
+    shape: tuple[int, ...]
+    place: Literal["first", "last"]
+    """Pipeline stage that holds it: where visual tokens enter, or where final states come out."""
+    std: float | None = None
+    """Standard deviation of its random start; the decoder's rules by name where not given."""
+    uses: int = 0
+    """How often each visual token of a pass is multiplied with it; 0 for what is no matrix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSpec:
+    """Weights that the model also computes with: an average, or a snapshot that never moves."""
+
+    averaged: tuple[str, ...]
+    """Prefixes of the names of the parameters that it has of its own; it shares the rest."""
+    moves_every: int | None
+    """Iterations between two of its moves; None where it never moves."""
+    precision: Literal["same", "fp8"] = "same"
+    offload: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Settings of an objective: its section of the recipe, and what has to be known of it before anything is built.
+
+    This one is the language model's loss alone, which has no settings and adds nothing. A child says what differs.
+    """
+
+    name: ClassVar[str] = "lm"
+    """By which `--objective` finds it; its section is called the same."""
+    reconstructs: ClassVar[bool] = False
+    """Whether the images of a micro-batch go through the decoder once more, by themselves."""
+    may_change: ClassVar[frozenset[str]] = frozenset()
+    """Settings that a resumed run may change."""
+
+    def check(self, config: "Config") -> None:
+        """Raise `ConfigError` for settings that cannot run in this recipe."""
+
+    def parameters(self, config: "Config") -> tuple[AddedWeight, ...]:
+        """Parameters that it adds to the model."""
+        return ()
+
+    def teacher(self, config: "Config") -> TeacherSpec | None:
+        """Other weights that the model computes with beside its own, if any."""
+        return None
+
+    def travelling(self) -> int:
+        """Rows that travel on to the last pipeline stage beside the decoder's, for each visual token."""
+        return 0
+
+    def gram_pairs(self, image_lengths: Sequence[int]) -> int:
+        """Products of two visual tokens' features that it takes, of student and teacher each."""
+        return 0
+
+    def masked_share(self) -> float:
+        """Share of visual tokens that the model does not see, at its largest."""
+        return 0.0
+
+    def mask(self, config: "Config", num_tokens: int, *, key: str, image_index: int, iteration: int) -> Any:
+        """Which tokens of one image the model does not see at `iteration` (from 0), bool; None where it sees all."""
+        return None
+
+    def saved_per_visual_token(self, config: "Config") -> int:
+        """Numbers that the last stage saves for the backward of its losses, for each visual token."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole recipe."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    laver: LaverConfig = field(default_factory=LaverConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -16,7 +16,7 @@ from laver_mcore.data.sequence.batch import Batch, collate
 from laver_mcore.data.sequence.prompt import IGNORE, EncodedSample
 from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.inputs import AttentionGeometry, ModelInputs, model_inputs, round_up
-from laver_mcore.model.laver import LaverModel, LaverOutput
+from laver_mcore.model.vision_language import ModelOutput, VisionLanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +40,16 @@ def text_batch(documents: Sequence[Sequence[int]], total_length: int, pad_id: in
 
 
 def probe(
-    chunks: list[LaverModel], batch: Batch, geometry: AttentionGeometry, topology: Topology, vocab_size: int
+    chunks: list[VisionLanguageModel],
+    batch: Batch,
+    geometry: AttentionGeometry,
+    topology: Topology,
+    vocab_size: int,
 ) -> Probe:
     """Run `batch` through all stages without gradients; all ranks take part and receive the same `Probe`."""
     num_rows = round_up(len(batch.tokens_T), topology.tp_size)
     inputs = model_inputs(
-        batch, None, num_rows, geometry=geometry, num_shares=topology.num_shares, device=topology.device
+        batch, num_rows, geometry=geometry, num_shares=topology.num_shares, device=topology.device
     )
     captured: dict[int, torch.Tensor] = {}
     hooks = [_capture(layer, captured) for chunk in chunks for layer in chunk.decoder.layers]  # type: ignore[union-attr]
@@ -69,7 +73,7 @@ def probe(
     return _to_all(mine, logits_TV, topology)
 
 
-def gather_logits(output: LaverOutput, topology: Topology, vocab_size: int) -> torch.Tensor:
+def gather_logits(output: ModelOutput, topology: Topology, vocab_size: int) -> torch.Tensor:
     """Logits [T, V] of the dialogue from all ranks' shards of the vocabulary; no gradient across ranks."""
     shard_TV = output.dialogue_TD @ output.output_weight_VD.T
     if topology.tp_size == 1:
@@ -79,7 +83,9 @@ def gather_logits(output: LaverOutput, topology: Topology, vocab_size: int) -> t
     return torch.cat(shards, dim=1)[:, :vocab_size]
 
 
-def _pipeline(chunks: list[LaverModel], inputs: ModelInputs, topology: Topology) -> LaverOutput | None:
+def _pipeline(
+    chunks: list[VisionLanguageModel], inputs: ModelInputs, topology: Topology
+) -> ModelOutput | None:
     """Walk through the stages in order, hidden states sent from each to the next."""
     mcore = chunks[0].config
     rows = inputs.num_rows // (topology.tp_size if mcore.sequence_parallel else 1)
@@ -99,7 +105,7 @@ def _pipeline(chunks: list[LaverModel], inputs: ModelInputs, topology: Topology)
                 dst=ring[(topology.pp_rank + 1) % topology.pp_size],
                 group=topology.pp_group,
             )
-    return result if isinstance(result, LaverOutput) else None
+    return result if isinstance(result, ModelOutput) else None
 
 
 def _capture(layer: Any, captured: dict[int, torch.Tensor]) -> Any:

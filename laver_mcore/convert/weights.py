@@ -8,9 +8,9 @@ from laver_mcore.config.schema import ModelConfig
 from laver_mcore.convert.errors import ConversionError
 from laver_mcore.convert.names import Entry, canonical, entries, fuse, pad_vocabulary, their_shapes
 from laver_mcore.megatron.parallel import Topology
-from laver_mcore.model.laver import LaverModel
 from laver_mcore.model.parameters import NamedParameter, named_parameters
 from laver_mcore.model.sharding import shard
+from laver_mcore.model.vision_language import VisionLanguageModel
 
 
 def gather_theirs(
@@ -33,7 +33,7 @@ def gather_theirs(
 
 @torch.no_grad()
 def load_hf_weights(
-    chunks: list[LaverModel],
+    chunks: list[VisionLanguageModel],
     config: ModelConfig,
     vocab_size: int,
     topology: Topology,

@@ -8,11 +8,11 @@ import math
 
 import torch
 
-from laver_mcore.config.schema import ModelConfig
+from laver_mcore.config.schema import Config, ModelConfig
 from laver_mcore.megatron.parallel import Topology
-from laver_mcore.model.laver import LaverModel
 from laver_mcore.model.parameters import EMBEDDING, NamedParameter, named_parameters
 from laver_mcore.model.sharding import shard
+from laver_mcore.model.vision_language import VisionLanguageModel
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -22,7 +22,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 def _std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
     assert config.num_layers is not None
-    if name.startswith(("connector", "vision_head")):
+    if name.startswith("connector"):
         return math.sqrt(2.0 / shape[1])  # Kaiming-normal
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return config.init_method_std / math.sqrt(
@@ -31,13 +31,16 @@ def _std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
     return config.init_method_std
 
 
-def draw(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
-    """The whole fp32 parameter of this global name, drawn on CPU."""
+def draw(
+    name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, std: float | None = None
+) -> torch.Tensor:
+    """The whole fp32 parameter of this global name, drawn on CPU; `std` where the name alone does not give it."""
     if name.endswith("bias"):
         return torch.zeros(shape)
     if name.endswith(("layernorm.weight", "layer_norm_weight")):
         return torch.ones(shape)
-    return torch.randn(shape, generator=_generator(seed, name)) * _std(name, shape, config)
+    std = _std(name, shape, config) if std is None else std
+    return torch.randn(shape, generator=_generator(seed, name)) * std
 
 
 def _cut(full: torch.Tensor, item: NamedParameter, topology: Topology) -> torch.Tensor:
@@ -49,9 +52,11 @@ def _cut(full: torch.Tensor, item: NamedParameter, topology: Topology) -> torch.
 
 @torch.no_grad()
 def initialize(
-    chunks: list[LaverModel], config: ModelConfig, vocab_size: int, seed: int, topology: Topology
+    chunks: list[VisionLanguageModel], config: Config, vocab_size: int, topology: Topology
 ) -> None:
     """Give every parameter but the vision encoder's its value; `vocab_size` is the one before padding."""
+    model, seed = config.model, config.train.seed
+    added = {weight.name: weight.std for weight in config.objective.parameters(config)}
     for item in named_parameters(chunks, topology):
         if item.name.startswith("vision_encoder."):
             continue
@@ -61,7 +66,7 @@ def initialize(
         if item.name in (EMBEDDING, "language_model.output_layer.weight"):
             # Padding differs from layout to layout: rows of real tokens are drawn, the rest is zero.
             full = torch.zeros(shape)
-            full[:vocab_size] = draw(item.name, (vocab_size, shape[1]), config, seed)
+            full[:vocab_size] = draw(item.name, (vocab_size, shape[1]), model, seed)
         else:
-            full = draw(item.name, tuple(shape), config, seed)
+            full = draw(item.name, tuple(shape), model, seed, added.get(item.name))
         item.parameter.copy_(_cut(full, item, topology))

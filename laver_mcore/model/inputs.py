@@ -1,12 +1,11 @@
 """What one forward pass needs, on the device: built once per micro-batch from its `Batch`.
 
-Shapes: T dialogue tokens, N visual tokens, R rows of the reconstruction part (N and padding), S = T + R rows. The
-teacher sees the reconstruction part alone, unmasked: its R rows have the student's own positions and mask.
+Shapes: T dialogue tokens, N visual tokens, R image rows (N and padding), S = T + R rows. The teacher sees the image
+rows alone: they have the student's own positions and mask.
 """
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from laver_kernels import Intervals, rope_table
@@ -22,7 +21,7 @@ _BOUNDS = ("row_lo_T", "row_hi_T", "col_lo_T", "col_hi_T")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInputs:
-    """One pass over [dialogue | reconstruction]; either part may be empty.
+    """One pass over [dialogue | image rows]; either part may be empty.
 
     On ranks that do not encode images `pixels` is None. `share_grids` are the token grids of the images that each
     rank of the first stage (tensor x context parallel) encodes, in image order.
@@ -39,11 +38,18 @@ class ModelInputs:
     features: torch.Tensor | None
     share_grids: tuple[tuple[tuple[int, int], ...], ...]
     reconstruct: bool
-    masked_N: torch.Tensor | None
+    """Whether there are image rows, if only of padding."""
+    travelling: tuple[int, ...] = ()
+    """Rows of each group that travels to the last stage, padding included."""
+
+    @property
+    def travelling_rows(self) -> int:
+        """Rows of one such group."""
+        return self.travelling[0] if self.travelling else 0
 
     @property
     def num_reconstruction(self) -> int:
-        """Rows of the reconstruction part, padding included: what the teacher sees."""
+        """Image rows, padding included: what the teacher sees."""
         return self.num_rows - self.num_dialogue if self.reconstruct else 0
 
     @property
@@ -127,25 +133,26 @@ def share_grids(batch: Batch, num_shares: int) -> tuple[tuple[tuple[int, int], .
 
 
 def num_student_rows(batch: Batch, reconstruct: bool, pad_to_multiple: int) -> int:
-    """Rows of the student's pass over one micro-batch: the dialogue, and the padded reconstruction sequence."""
+    """Rows of the student's pass over one micro-batch: the dialogue, and the padded image rows."""
     visual = len(batch.visual_rows_N) if reconstruct else 0
     return len(batch.tokens_T) + round_up(visual, pad_to_multiple)
 
 
 def model_inputs(
     batch: Batch,
-    masked_N: np.ndarray | None,
     num_rows: int,
     *,
+    reconstruct: bool = False,
+    travelling: tuple[int, ...] = (),
     geometry: AttentionGeometry,
     num_shares: int,
     device: torch.device,
     features: torch.Tensor | None = None,
 ) -> ModelInputs:
-    """Inputs of one pass: the dialogue, and behind it the masked images where `masked_N` (bool [N]) is given."""
+    """Inputs of one pass: the dialogue, and behind it the images once more where they are to be `reconstruct`ed."""
     num_visual, num_dialogue = len(batch.visual_rows_N), len(batch.tokens_T)
     layouts = [batch.layout]
-    if masked_N is not None and num_visual:
+    if reconstruct and num_visual:
         layouts.append(reconstruction_layout(batch.image_grids))
     packed = _packed(layouts, num_rows, geometry, device)
     return ModelInputs(
@@ -159,6 +166,6 @@ def model_inputs(
         pixels=None if batch.pixels is None else send(batch.pixels, device),
         features=features,
         share_grids=share_grids(batch, num_shares),
-        reconstruct=masked_N is not None,
-        masked_N=None if masked_N is None else send(torch.from_numpy(masked_N), device),
+        reconstruct=reconstruct,
+        travelling=travelling,
     )

@@ -6,8 +6,8 @@ from typing import Any
 from laver_mcore.config.schema import Config
 from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.inputs import AttentionGeometry
-from laver_mcore.model.laver import LaverModel
 from laver_mcore.model.parameters import unwrap
+from laver_mcore.model.vision_language import VisionLanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,6 @@ class Network:
     """Before padding."""
 
     @property
-    def chunks(self) -> list[LaverModel]:
+    def chunks(self) -> list[VisionLanguageModel]:
         """The chunks without a wrapper."""
         return [unwrap(model) for model in self.models]

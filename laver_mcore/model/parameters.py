@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from laver_mcore.config.errors import ConfigError, nearest
 from laver_mcore.megatron.parallel import Topology
-from laver_mcore.model.laver import LaverModel
+from laver_mcore.model.vision_language import VisionLanguageModel
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _OUTPUT = "language_model.output_layer.weight"
@@ -26,7 +26,7 @@ class NamedParameter:
     owned: bool
 
 
-def named_parameters(chunks: list[LaverModel], topology: Topology) -> Iterator[NamedParameter]:
+def named_parameters(chunks: list[VisionLanguageModel], topology: Topology) -> Iterator[NamedParameter]:
     """Every parameter of this rank's chunks with its global name (layers counted over the whole model)."""
     for chunk in chunks:
         decoder: Any = chunk.decoder
@@ -48,9 +48,9 @@ def named_parameters(chunks: list[LaverModel], topology: Topology) -> Iterator[N
             )
 
 
-def unwrap(model: Any) -> LaverModel:
-    """The `LaverModel` inside Megatron's data-parallel wrapper."""
-    while not isinstance(model, LaverModel):
+def unwrap(model: Any) -> VisionLanguageModel:
+    """The `VisionLanguageModel` inside Megatron's data-parallel wrapper."""
+    while not isinstance(model, VisionLanguageModel):
         model = model.module
     return model
 
@@ -60,7 +60,7 @@ Part = tuple[str, int, int]
 
 
 def freeze_local(
-    chunks: list[LaverModel], patterns: tuple[str, ...], topology: Topology
+    chunks: list[VisionLanguageModel], patterns: tuple[str, ...], topology: Topology
 ) -> tuple[list[str], list[Part]]:
     """Let only the parameters train whose global name matches one of `patterns`, on this rank.
 
@@ -99,7 +99,7 @@ def merge_parts(contributions: list[tuple[list[str], list[Part]]], patterns: tup
     return [(name, total, trained) for name, (total, trained) in merged.items()]
 
 
-def freeze(chunks: list[LaverModel], patterns: tuple[str, ...], topology: Topology) -> list[Part]:
+def freeze(chunks: list[VisionLanguageModel], patterns: tuple[str, ...], topology: Topology) -> list[Part]:
     """`freeze_local` on all ranks of this model replica, and the table of what trains."""
     gathered: list = [None] * topology.mp_group.size()
     dist.all_gather_object(gathered, freeze_local(chunks, patterns, topology), group=topology.mp_group)

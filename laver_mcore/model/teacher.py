@@ -19,9 +19,8 @@ import torch.distributed as dist
 from laver_kernels import ema_update_
 from laver_mcore.megatron.parallel import Topology
 from laver_mcore.megatron.weight_shards import Bucket, Range, gather_shards
-from laver_mcore.model.laver import LaverModel
 from laver_mcore.model.parameters import named_parameters
-from laver_mcore.shapes.weights import AVERAGED
+from laver_mcore.model.vision_language import VisionLanguageModel
 
 MasterShard = Callable[[torch.nn.Parameter, int, int], torch.Tensor]
 """(parameter, start, stop) -> these elements of its flattened fp32 master, which this rank keeps."""
@@ -32,7 +31,7 @@ class TeacherError(RuntimeError):
 
 
 class Teacher:
-    """EMA of the student's fp32 weights.
+    """EMA of the student's fp32 weights, of the parameters whose names begin with one of `averaged`.
 
     `buckets` say how the trainable parameters are cut; `averages` maps a parameter to the flat fp32 average of the
     elements kept here. With `offload` the averages live in host memory and visit the device only to move.
@@ -40,20 +39,21 @@ class Teacher:
 
     def __init__(
         self,
-        chunks: list[LaverModel],
+        chunks: list[VisionLanguageModel],
         topology: Topology,
         buckets: Sequence[Bucket],
         kernels: str = "auto",
         *,
+        averaged: tuple[str, ...],
         offload: bool = False,
     ) -> None:
         self._topology, self._kernels = topology, kernels
         self._fp8 = [chunk.fp8 for chunk in chunks if chunk.fp8 is not None]
-        items = [item for item in named_parameters(chunks, topology) if item.name.startswith(AVERAGED)]
-        averaged = {item.parameter for item in items}
+        items = [item for item in named_parameters(chunks, topology) if item.name.startswith(averaged)]
+        mine = {item.parameter for item in items}
         self._owned = {item.parameter for item in items if item.owned}
         self._frozen = [item.parameter for item in items if not item.parameter.requires_grad]
-        self._members = [(b, [p for p in b.places if p in averaged]) for b in buckets]
+        self._members = [(b, [p for p in b.places if p in mine]) for b in buckets]
         self._held: dict[torch.nn.Parameter, Range] = {
             p: bucket.held(p) for bucket, members in self._members for p in members
         }

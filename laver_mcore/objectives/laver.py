@@ -1,96 +1,250 @@
 """LaVer: latent visual reconstruction (arXiv 2512.06281).
 
 Visual tokens are masked at the decoder's input and recovered in its latent space against an EMA teacher (MIM); a Gram
-loss keeps them from growing more alike than the teacher's. Shapes: N visual tokens of a micro-batch, M masked ones, K
-latent width.
+loss keeps them from growing more alike than the teacher's:
+
+    image rows: visual tokens, the mask token where masked -> decoder -> vision head -> student [N, K]
+                visual tokens, whole, with the teacher's weights: decoder -> vision head -> targets [N, K]
+
+Shapes: N visual tokens of a micro-batch, M masked ones, D width, K latent width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from laver_mcore.config.schema import Config, LaverConfig
+from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.schema import AddedWeight, Config, ObjectiveConfig, TeacherSpec
 from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.data.sequence.masking import draw_mask
 from laver_mcore.device import send
 from laver_mcore.megatron.parallel import Topology
-from laver_mcore.model.laver import LaverOutput
+from laver_mcore.model.method import Entering
 from laver_mcore.model.teacher import MasterShard, Teacher
+from laver_mcore.model.vision_language import Added, ModelOutput
 from laver_mcore.objectives.gram import gram_sum, num_gram_matrices
+from laver_mcore.objectives.head import Head, head_weights
 from laver_mcore.objectives.latent import latent_sum
-from laver_mcore.objectives.objective import Parts, Plan, StepKnobs
+from laver_mcore.objectives.objective import LanguageModel, Parts, Plan, TeacherMove
+from laver_mcore.objectives.schedules import mask_ratio, momentum
 
 MIM, GRAM = "mim_loss", "gram_loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaverConfig(ObjectiveConfig):
+    """Latent visual reconstruction (arXiv 2512.06281), `objective: laver`: losses, teacher, schedules."""
+
+    name: ClassVar[str] = "laver"
+    reconstructs: ClassVar[bool] = True
+    may_change: ClassVar[frozenset[str]] = frozenset({"teacher_precision"})
+
+    mask_ratio: float = 0.05
+    """Share r of visual tokens masked at the decoder's input, at the end of its schedule."""
+    mask_strategy: Literal["cosine", "constant"] = "cosine"
+    """Schedule of the mask ratio: cosine 0 -> r, or 0 for the first 12.5 % and then r."""
+    mask_draw: Literal["permutation", "bernoulli"] = "permutation"
+    """Exactly floor(r N) masked tokens per image, or each with probability r."""
+    momentum: float = 0.95
+    """EMA momentum m of the teacher at the start of its schedule."""
+    momentum_strategy: Literal["cosine", "constant"] = "cosine"
+    """Schedule of the momentum: cosine m -> 1, or m throughout."""
+    ema_ratio: float = 0.02
+    """The teacher moves every max(1, int(train_iters * ema_ratio)) iterations."""
+    ema_steps: int | None = None
+    """Iterations between two moves of the teacher; wins over ema_ratio."""
+    offload_teacher: bool = False
+    """Keep the teacher's fp32 average in host memory; it visits the device only when the teacher moves."""
+    teacher_precision: Literal["same", "fp8"] = "same"
+    """The decoder's matrix products in the teacher's forward: the model's precision, or fp8 (Hopper, Ada or newer)."""
+    lambda_laver: float = 1.0
+    """Weight of the masked reconstruction loss (MIM)."""
+    lambda_gram: float = 1.0
+    """Weight of the Gram loss."""
+    gram: Literal["cga", "ga", "off"] = "cga"
+    """Gram loss: clipped (only similarities above the teacher's cost), symmetric, or none."""
+    gram_scope: Literal["image", "micro_batch"] = "image"
+    """Gram matrices per image (paper) or over all visual tokens of a micro-batch (released code)."""
+    student_temperature: float = 0.1
+    """Softmax temperature of the student."""
+    teacher_temperature: float = 0.04
+    """Softmax temperature of the teacher."""
+    centering: bool = False
+    """Subtract a running mean from the teacher's outputs before its softmax."""
+    center_momentum: float = 0.9
+    """Momentum of that running mean."""
+    vision_head_hidden_size: int = 2048
+    """Inner width of the 3-layer vision head."""
+
+    def check(self, config: Config) -> None:
+        for name in ("mask_ratio", "momentum", "ema_ratio", "center_momentum"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name}={value} is not between 0 and 1")
+        for name in ("student_temperature", "teacher_temperature"):
+            if not getattr(self, name) > 0.0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be positive")
+        if self.ema_steps is not None and self.ema_steps < 1:
+            raise ConfigError(f"ema_steps={self.ema_steps} must be at least 1")
+
+    def parameters(self, config: Config) -> tuple[AddedWeight, ...]:
+        assert config.model.hidden_size is not None
+        width = config.model.hidden_size
+        head = head_weights("vision_head", self.head_widths(width), last_bias=False)
+        return (AddedWeight(name="mask_token", shape=(width,), place="first"), *head)
+
+    def head_widths(self, width: int) -> tuple[int, ...]:
+        """Widths of the vision head on a decoder of this one (released code)."""
+        return (width, self.vision_head_hidden_size, self.vision_head_hidden_size, width)
+
+    def teacher(self, config: Config) -> TeacherSpec:
+        return TeacherSpec(
+            averaged=("language_model.", "vision_head."),
+            moves_every=self.moves_every(config),
+            precision=self.teacher_precision,
+            offload=self.offload_teacher,
+        )
+
+    def moves_every(self, config: Config) -> int:
+        """Iterations between two moves of the teacher."""
+        return self.ema_steps or max(1, int(config.train.train_iters * self.ema_ratio))
+
+    def gram_pairs(self, image_lengths: Sequence[int]) -> int:
+        if self.gram == "off":
+            return 0
+        return (
+            sum(image_lengths) ** 2 if self.gram_scope == "micro_batch" else sum(n * n for n in image_lengths)
+        )
+
+    def masked_share(self) -> float:
+        return self.mask_ratio
+
+    def mask(
+        self, config: Config, num_tokens: int, *, key: str, image_index: int, iteration: int
+    ) -> np.ndarray:
+        """A function of (seed, sample, image, iteration) alone, so that every parallel layout masks the same."""
+        total = config.train.train_iters
+        return draw_mask(
+            num_tokens,
+            mask_ratio(self.mask_ratio, self.mask_strategy, iteration, total),
+            strategy=self.mask_draw,
+            seed=config.train.seed,
+            key=key,
+            step=iteration,
+            image_index=image_index,
+        )
+
+    def saved_per_visual_token(self, config: Config) -> int:
+        # The vision head, the teacher's targets, the gradient that the masked loss makes in its forward.
+        return 4 * self.vision_head_hidden_size + 3 * (config.model.hidden_size or 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaverPlan(Plan):
     """One micro-batch's masks, and the numbers of tokens of its images."""
 
+    masked_N: torch.Tensor
+    """Which visual tokens the student does not see, bool."""
     masked_rows_M: torch.Tensor
     image_lengths: tuple[int, ...]
 
 
-def draw_masks(batch: Batch, config: LaverConfig, ratio: float, *, seed: int, step: int) -> np.ndarray:
-    """Mask of the micro-batch's visual tokens, bool [N]: a function of (seed, sample, image, step) alone."""
+def draw_masks(batch: Batch, config: Config, iteration: int) -> np.ndarray:
+    """Mask of the micro-batch's visual tokens, bool [N]."""
     masks = [
-        draw_mask(h * w, ratio, strategy=config.mask_draw, seed=seed, key=key, step=step, image_index=index)
+        config.objective.mask(config, h * w, key=key, image_index=index, iteration=iteration)
         for (h, w), (key, index) in zip(batch.image_grids, batch.image_keys, strict=True)
     ]
     return np.concatenate([np.zeros(0, dtype=bool), *masks])
 
 
-class Laver:
+class Laver(LanguageModel):
     """MIM and Gram loss, the teacher and its centre.
 
     The centre is a running mean of the teacher's outputs, on the last stage; zero while centring is off.
     """
 
+    Settings = LaverConfig
+
+    @staticmethod
+    def modules(config: Config, place: str, *, dtype: torch.dtype, device: torch.device) -> Added:
+        settings, width = config.objective, config.model.hidden_size
+        assert isinstance(settings, LaverConfig) and width is not None
+        if place == "first":
+            return {"mask_token": torch.nn.Parameter(torch.zeros(width, dtype=dtype, device=device))}
+        widths = settings.head_widths(width)
+        return {"vision_head": Head(widths, torch.nn.GELU, last_bias=False, dtype=dtype, device=device)}
+
     @classmethod
     def build(cls, config: Config, parts: Parts) -> "Laver":
+        spec = config.objective.teacher(config)
+        assert spec is not None
         teacher = Teacher(
             parts.chunks,
             parts.topology,
             parts.buckets,
             config.train.kernels,
-            offload=config.laver.offload_teacher,
+            averaged=spec.averaged,
+            offload=spec.offload,
         )
-        return cls(config, parts.topology, teacher)
+        found = cls(config, parts.topology, teacher)
+        found._mask_token, found._vision_head = parts.own("mask_token"), parts.own("vision_head")
+        return found
 
     def __init__(self, config: Config, topology: Topology, teacher: Teacher) -> None:
-        assert config.model.hidden_size is not None
-        self._config, self._seed, self._impl = config.laver, config.train.seed, config.train.kernels
-        self._topology = topology
+        assert isinstance(config.objective, LaverConfig) and config.model.hidden_size is not None
+        self._recipe, self._config, self._impl = config, config.objective, config.train.kernels
+        self._topology, self._moves_every = topology, config.objective.moves_every(config)
+        self._mask_token: Any = None
+        self._vision_head: Any = None
         self.teacher: Teacher | None = teacher
-        self.weights: Mapping[str, float] = {MIM: config.laver.lambda_laver}
-        if config.laver.gram != "off":
-            self.weights |= {GRAM: config.laver.lambda_gram}
+        self.weights: Mapping[str, float] = {MIM: self._config.lambda_laver}
+        if self._config.gram != "off":
+            self.weights |= {GRAM: self._config.lambda_gram}
         self.center_K = torch.zeros(config.model.hidden_size, device=topology.device)
         # Sum of a step's targets and, behind it, their number.
         self._targets_K1 = self.center_K.new_zeros(len(self.center_K) + 1)
 
-    def plan(self, batch: Batch, knobs: StepKnobs) -> LaverPlan:
-        masked_N = draw_masks(batch, self._config, knobs.mask_ratio, seed=self._seed, step=knobs.iteration)
-        lengths = batch.image_lengths
+    def settings(self, iteration: int) -> Mapping[str, float]:
+        own, total = self._config, self._recipe.train.train_iters
+        return {
+            "mask_ratio": mask_ratio(own.mask_ratio, own.mask_strategy, iteration, total),
+            "momentum": momentum(own.momentum, own.momentum_strategy, iteration, total),
+        }
+
+    def plan(self, batch: Batch, iteration: int) -> LaverPlan:
+        masked_N, lengths = draw_masks(batch, self._recipe, iteration), batch.image_lengths
         counts = {MIM: int(masked_N.sum()), GRAM: num_gram_matrices(lengths, self._config.gram_scope)}
         return LaverPlan(
             counts={term: counts[term] for term in self.weights},
-            masked_N=masked_N,
+            masked=counts[MIM],
+            masked_N=send(torch.from_numpy(masked_N), self._topology.device),
             masked_rows_M=send(torch.from_numpy(np.flatnonzero(masked_N)), self._topology.device),
             image_lengths=lengths,
         )
 
-    def sums(self, output: LaverOutput, plan: LaverPlan) -> Mapping[str, torch.Tensor]:
-        student_NK = output.student_NK
-        assert student_NK is not None
+    def enter(self, visual_ND: torch.Tensor, plan: LaverPlan) -> Entering:
+        return Entering(
+            dialogue_ND=visual_ND,
+            images_ND=torch.where(plan.masked_N[:, None], self._mask_token, visual_ND),
+            taught_ND=visual_ND.detach(),
+        )
+
+    def target(self, states_ND: torch.Tensor) -> torch.Tensor:
+        return self._vision_head(states_ND)
+
+    def sums(self, output: ModelOutput, plan: LaverPlan) -> Mapping[str, torch.Tensor]:
+        assert output.images_ND is not None
+        student_NK = self._vision_head(output.images_ND)
         # Without images there is nothing to compare with, but the vision head still takes part in the graph.
-        teacher_NK = output.teacher_NK if output.teacher_NK is not None else student_NK.detach()
-        if output.teacher_NK is not None and self._config.centering:
-            self._targets_K1[:-1] += output.teacher_NK.float().sum(0)
-            self._targets_K1[-1] += len(output.teacher_NK)
+        teacher_NK = output.target_NK if output.target_NK is not None else student_NK.detach()
+        if output.target_NK is not None and self._config.centering:
+            self._targets_K1[:-1] += output.target_NK.float().sum(0)
+            self._targets_K1[-1] += len(output.target_NK)
         found = {
             MIM: latent_sum(
                 student_NK,
@@ -115,15 +269,17 @@ class Laver:
 
     @torch.no_grad()
     def after_step(
-        self, applied: torch.Tensor, knobs: StepKnobs, master_shard: MasterShard
-    ) -> torch.Tensor | None:
+        self, applied: torch.Tensor, iteration: int, master_shard: MasterShard
+    ) -> TeacherMove | None:
         assert self.teacher is not None
         if self._config.centering and self._topology.on_last_stage:
             self._move_center(applied)
-        if not knobs.update_teacher:
+        if (iteration + 1) % self._moves_every:
             return None
         # Momentum 1 keeps an average as it is. The device decides: the host does not know yet whether the step counts.
-        return self.teacher.update(master_shard, 1.0 - (1.0 - knobs.momentum) * applied.double())
+        m = self.settings(iteration)["momentum"]
+        distance = self.teacher.update(master_shard, 1.0 - (1.0 - m) * applied.double())
+        return TeacherMove(distance=distance, momentum=m)
 
     def _move_center(self, applied: torch.Tensor) -> None:
         """c <- m c + (1 - m) mean(targets), the mean over all visual tokens of the step on all ranks.
@@ -135,9 +291,6 @@ class Laver:
         mean_K = torch.where(applied & (count > 0), self._targets_K1[:-1] / count, self.center_K)
         self.center_K.lerp_(mean_K, 1.0 - self._config.center_momentum)
         self._targets_K1.zero_()
-
-    def settings(self, knobs: StepKnobs) -> Mapping[str, float]:
-        return {"mask_ratio": knobs.mask_ratio, "momentum": knobs.momentum}
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         return {"teacher_center": self.center_K}

@@ -4,11 +4,11 @@ import torch
 from torch.distributed import ProcessGroup
 
 from laver_kernels import linear_cross_entropy
-from laver_mcore.model.laver import LaverOutput
+from laver_mcore.model.vision_language import ModelOutput
 
 
 def next_token_sum(
-    output: LaverOutput,
+    output: ModelOutput,
     labels_T: torch.Tensor,
     supervised_rows_M: torch.Tensor,
     *,

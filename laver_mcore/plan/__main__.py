@@ -66,7 +66,7 @@ def lines(config: Config, setting: Setting, plan: Plan, gpu: str, top: int) -> l
     """What the planner prints."""
     train = config.train
     found = [
-        f"{config.model.model} with {config.vision.vision}, objective {config.train.objective}: "
+        f"{config.model.model} with {config.vision.vision}, objective {config.objective.name}: "
         f"{train.global_batch_size} rows x {config.data.seq_length} tokens on {setting.num_gpus} x {gpu}",
         *report.assumptions(setting),
         "",

@@ -12,10 +12,8 @@ from laver_mcore.accounting.flops import ADAM_BYTES, EMA_BYTES, StepFlops, step_
 from laver_mcore.accounting.memory import GRADIENT, Held, RankMemory, holdings, rank_memory
 from laver_mcore.accounting.typical import Mix, typical_work
 from laver_mcore.accounting.work import StepWork
-from laver_mcore.config.objectives import reconstructs
 from laver_mcore.config.schema import Config
 from laver_mcore.plan.layouts import NODE, Layout
-from laver_mcore.train.schedules import ema_steps
 
 RESERVED = 4 * GIB
 """Memory that CUDA, NCCL and fragmentation are assumed to take."""
@@ -172,10 +170,11 @@ def _row_bytes(config: Config) -> int:
 
 def _pass_rows(config: Config, work: StepWork) -> tuple[float, float]:
     """Rows of the student's and of the teacher's pass over one micro-batch, on one context-parallel rank."""
-    reconstruction = work.visual_tokens if reconstructs(config) else 0
-    student = work.dialogue_rows + work.student_padding + reconstruction
+    visual = work.visual_tokens
+    student = work.dialogue_rows + work.student_padding + (visual if config.objective.reconstructs else 0)
+    teacher = visual + work.teacher_padding if config.objective.teacher(config) else 0
     cp = config.parallel.context_parallel_size
-    return student / cp, (reconstruction + work.teacher_padding) / cp
+    return student / cp, teacher / cp
 
 
 def _tensor_parallel(config: Config, layout: Layout, setting: Setting, work: StepWork) -> tuple[float, float]:
@@ -212,7 +211,9 @@ def _pipeline(config: Config, layout: Layout, setting: Setting, work: StepWork) 
     """(seconds, bytes sent) of one micro-batch's activations and their gradients between stages, on one rank."""
     if layout.pp == 1:
         return 0.0, 0.0
-    sent = 2.0 * layout.vp * sum(_pass_rows(config, work)) * _row_bytes(config) / layout.tp
+    travelling = config.objective.travelling() * work.visual_tokens / layout.cp
+    rows = sum(_pass_rows(config, work)) + travelling
+    sent = 2.0 * layout.vp * rows * _row_bytes(config) / layout.tp
     link = setting.gpu.nvlink if setting.num_gpus <= NODE else setting.gpu.network
     return sent / (LINK_EFFICIENCY * link), sent
 
@@ -246,10 +247,10 @@ def _update(config: Config, layout: Layout, setting: Setting, held: Held) -> tup
     rate = MEMORY_EFFICIENCY * setting.gpu.memory_bandwidth
     replicas = layout.dp * layout.cp
     optimizer = ADAM_BYTES * held.trainable / replicas / rate
-    if not held.averaged:
+    teacher = config.objective.teacher(config)
+    if teacher is None or teacher.moves_every is None or not held.averaged:
         return optimizer, 0.0, 0.0
     element = 2 if config.train.bf16 else 4
-    steps = ema_steps(config.laver, config.train.train_iters)
     sent = element * held.averaged * (replicas - 1) / replicas
     move = EMA_BYTES * held.averaged / replicas / rate + sent / _data_parallel_link(layout, setting)
-    return optimizer, move / steps, sent / steps
+    return optimizer, move / teacher.moves_every, sent / teacher.moves_every

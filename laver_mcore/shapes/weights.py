@@ -10,12 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from laver_mcore.config.objectives import reconstructs
-from laver_mcore.config.schema import Config, ModelConfig, VisionConfig
+from laver_mcore.config.schema import AddedWeight, Config, ModelConfig, VisionConfig
 from laver_mcore.shapes.towers import tower_shape, tower_weights
 
-AVERAGED = ("language_model.", "vision_head.")
-"""Parts that the EMA teacher averages."""
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 HEAD = "language_model.output_layer.weight"
 LAYERS = "language_model.decoder.layers"
@@ -36,16 +33,15 @@ class Weight:
     split: bool = False
     """Whether tensor parallelism cuts it."""
     rows: Literal["patches", "visual", "decoder", "latent", "logits"] | None = None
+    uses: int = 1
+    """How often each of these rows is multiplied with it."""
+    averaged: bool = False
+    """Whether a teacher keeps an average of it; one that does not train is its own average."""
 
     @property
     def size(self) -> int:
         """Number of parameters."""
         return math.prod(self.shape)
-
-    @property
-    def averaged(self) -> bool:
-        """Whether the teacher keeps an average of it; one that does not train is its own average."""
-        return self.trains and self.name.startswith(AVERAGED)
 
 
 def padded_vocab(vocab_size: int, config: Config) -> int:
@@ -55,23 +51,39 @@ def padded_vocab(vocab_size: int, config: Config) -> int:
 
 
 def list_weights(config: Config, vocab_size: int) -> tuple[Weight, ...]:
-    """All weights in the order of the forward pass: tower, connector, embedding, layers, heads.
+    """All weights in the order of the forward pass: tower, connector, embedding, layers, heads; an objective's too.
 
     A tied embedding appears once. `vocab_size` is the one before padding; the weights are padded.
     """
-    head = config.laver.vision_head_hidden_size if reconstructs(config) else None
-    vocabulary = padded_vocab(vocab_size, config)
-    return _list_weights(config.model, config.vision, head, config.train.trainable, vocabulary)
+    teacher = config.objective.teacher(config)
+    return _list_weights(
+        config.model,
+        config.vision,
+        config.objective.parameters(config),
+        config.train.trainable,
+        teacher.averaged if teacher is not None else (),
+        padded_vocab(vocab_size, config),
+    )
 
 
 @functools.lru_cache(maxsize=16)
 def _list_weights(
-    model: ModelConfig, vision: VisionConfig, head: int | None, trainable: tuple[str, ...], vocabulary: int
+    model: ModelConfig,
+    vision: VisionConfig,
+    added: tuple[AddedWeight, ...],
+    trainable: tuple[str, ...],
+    averaged: tuple[str, ...],
+    vocabulary: int,
 ) -> tuple[Weight, ...]:
-    return tuple(
-        Weight(name=name, shape=shape, trains=_matches(name, trainable), **rest)
-        for name, shape, rest in _entries(model, vision, head, vocabulary)
-    )
+    found = []
+    for name, shape, rest in _entries(model, vision, added, vocabulary):
+        trains = _matches(name, trainable)
+        found.append(
+            Weight(
+                name=name, shape=shape, trains=trains, averaged=trains and name.startswith(averaged), **rest
+            )
+        )
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -80,7 +92,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _entries(
-    model: ModelConfig, vision: VisionConfig, head: int | None, vocabulary: int
+    model: ModelConfig, vision: VisionConfig, added: tuple[AddedWeight, ...], vocabulary: int
 ) -> Iterator[tuple[str, tuple[int, ...], dict]]:
     assert model.hidden_size and model.num_layers
     width = model.hidden_size
@@ -97,8 +109,7 @@ def _entries(
     for i, shape in enumerate(connector):
         yield f"connector.layers.{2 * i}.weight", shape, dict(rows="visual", **first)
         yield f"connector.layers.{2 * i}.bias", shape[:1], first
-    if head is not None and vision.vision != "none":
-        yield "mask_token", (width,), first
+    yield from _added(added, "first")
     yield EMBEDDING, (vocabulary, width), dict(split=True, **first)
     for layer in range(model.num_layers):
         for name, shape, rest in _decoder_layer(model):
@@ -106,11 +117,14 @@ def _entries(
     yield "language_model.decoder.final_layernorm.weight", (width,), dict(place="last")
     if model.untie_embeddings_and_output_weights:
         yield HEAD, (vocabulary, width), dict(place="last", split=True, rows="logits")
-    if head is not None:
-        for i, shape in enumerate([(head, width), (head, head), (width, head)]):
-            yield f"vision_head.layers.{2 * i}.weight", shape, dict(place="last", rows="latent")
-            if i < 2:
-                yield f"vision_head.layers.{2 * i}.bias", shape[:1], dict(place="last")
+    yield from _added(added, "last")
+
+
+def _added(added: tuple[AddedWeight, ...], place: Place) -> Iterator[tuple[str, tuple[int, ...], dict]]:
+    for weight in added:
+        if weight.place == place:
+            rows = dict(rows="latent", uses=weight.uses) if weight.uses else {}
+            yield weight.name, weight.shape, dict(place=place, **rows)
 
 
 def _decoder_layer(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], dict]]:

@@ -14,6 +14,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from laver_kernels.backend import decide
 from laver_mcore.accounting.training_cost import training_cost
 from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.objectives import load_objective
 from laver_mcore.config.schema import Config
 from laver_mcore.convert.decoder import check_weights
 from laver_mcore.convert.safetensors_directory import open_weights
@@ -27,13 +28,13 @@ from laver_mcore.megatron.optimizer import build_optimizer, weight_buckets
 from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.initialize import initialize
 from laver_mcore.model.inputs import AttentionGeometry
-from laver_mcore.model.laver import LaverModel
 from laver_mcore.model.layer_spec import transformer_config
 from laver_mcore.model.native_encoders import NATIVE
 from laver_mcore.model.network import Network
 from laver_mcore.model.parameters import freeze, unwrap
 from laver_mcore.model.vision_encoders import read_patch_size
-from laver_mcore.objectives.objective import Parts, load_objective
+from laver_mcore.model.vision_language import VisionLanguageModel
+from laver_mcore.objectives.objective import Parts
 from laver_mcore.train import checkpoint
 from laver_mcore.train.engine import Engine
 
@@ -117,11 +118,12 @@ def with_kernels(config: Config, device: torch.device) -> Config:
     return replace(config, train=replace(config.train, kernels=kernels))
 
 
-def build_chunks(config: Config, topology: Topology, vocab_size: int) -> list[LaverModel]:
+def build_chunks(config: Config, topology: Topology, vocab_size: int) -> list[VisionLanguageModel]:
     """This rank's pipeline chunks with unset weights."""
     mcore = transformer_config(config)
     stages: list[int | None] = list(range(topology.vp_size)) if topology.vp_size else [None]
-    return [LaverModel(config, mcore, topology, vocab_size, vp_stage=stage) for stage in stages]
+    added = load_objective(config.objective.name).modules
+    return [VisionLanguageModel(config, mcore, topology, vocab_size, stage, added) for stage in stages]
 
 
 def finalize_grads(
@@ -148,7 +150,7 @@ def finalize_grads(
         grad.copy_(summed)
 
 
-def _wrap(config: Config, chunks: list[LaverModel]) -> list[DistributedDataParallel]:
+def _wrap(config: Config, chunks: list[VisionLanguageModel]) -> list[DistributedDataParallel]:
     parallel = config.parallel
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -174,7 +176,7 @@ def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[E
     """Model, optimizer and teacher of this rank; weights random, of `pretrained_checkpoint`, or of `hf_path`."""
     config = with_kernels(config, topology.device)
     chunks = build_chunks(config, topology, vocab_size)
-    initialize(chunks, config.model, vocab_size, config.train.seed, topology)
+    initialize(chunks, config, vocab_size, topology)
     fresh = []
     if config.run.pretrained_checkpoint:
         fresh = checkpoint.load_weights(chunks, config, vocab_size, config.run.pretrained_checkpoint)
@@ -190,7 +192,7 @@ def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[E
         topology=topology,
         buckets=weight_buckets(chunks, optimizer),
     )
-    objective = load_objective(config.train.objective).build(config, parts)
+    objective = load_objective(config.objective.name).build(config, parts)
     engine = Engine(
         config=config,
         topology=topology,
@@ -207,7 +209,7 @@ def build_network(config: Config, topology: Topology, vocab_size: int, directory
     """The model alone, with the weights of the newest checkpoint under `directory`."""
     config = with_kernels(config, topology.device)
     chunks = build_chunks(config, topology, vocab_size)
-    initialize(chunks, config.model, vocab_size, config.train.seed, topology)
+    initialize(chunks, config, vocab_size, topology)
     checkpoint.load_weights(chunks, config, vocab_size, directory)
     return Network(
         config=config,

@@ -29,11 +29,8 @@ from laver_mcore.megatron.checkpoints import (
     latest_iteration,
 )
 from laver_mcore.megatron.optimizer import allocate_state, coalesced_offsets, load_state
-from laver_mcore.model.laver import LaverModel
+from laver_mcore.model.vision_language import VisionLanguageModel
 from laver_mcore.train.engine import Engine
-
-FRESH = ("mask_token", "vision_head.")
-"""Parts that a run may have although the run it starts from had not: LaVer's own, when stage 2 follows stage 1."""
 
 
 def _metadata() -> dict[str, Any]:
@@ -65,7 +62,7 @@ def _nested(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def _model_state(chunks: list[LaverModel]) -> dict[str, Any]:
+def _model_state(chunks: list[VisionLanguageModel]) -> dict[str, Any]:
     return {f"model{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(chunks)}
 
 
@@ -244,16 +241,17 @@ def _restore_rng(state: dict[str, Any]) -> None:
 
 
 def load_weights(
-    chunks: list[LaverModel], config: Config, vocab_size: int, directory: str | Path
+    chunks: list[VisionLanguageModel], config: Config, vocab_size: int, directory: str | Path
 ) -> list[str]:
     """Start from another run's weights (`--pretrained-checkpoint`), before the optimizer is built.
 
-    Returns the names of parts that it does not have and that keep their fresh values; only LaVer's own (and the
-    visual path, where the other run was on text alone) may be missing, anything else raises `CheckpointError`.
+    Returns the names of parts that it does not have and that keep their fresh values; only the objective's own (and
+    the visual path, where the other run was on text alone) may be missing, anything else raises `CheckpointError`.
     """
     folder, common = _open(directory, identity(config, vocab_size), may_lack_vision=True)
     # Weights converted from a text model have no visual path: connector and patches start fresh, a tower has its own.
     visual = ("connector.", "vision_encoder.") if common["identity"]["vision"] == "none" else ()
+    own = {weight.name for weight in config.objective.parameters(config)}
     stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
     fresh: set[str] = set()
     model = _model_state(chunks)
@@ -261,7 +259,7 @@ def load_weights(
         for name in list(part):
             key = part[name].key
             if key not in stored and not isinstance(part[name], ShardedObject):
-                if not key.startswith(FRESH + visual):
+                if key not in own and not key.startswith(visual):
                     raise CheckpointError(f"{folder} has no {key}; it is of another model")
                 fresh.add(key)
                 del part[name]

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from laver_mcore.accounting.work import StepWork, micro_batch_work
-from laver_mcore.config.objectives import reconstructs
 from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.device import send
 from laver_mcore.model.inputs import num_student_rows, round_up
@@ -48,15 +47,22 @@ def without_tails(batches: Sequence[Batch], engine: Engine) -> list[Batch]:
 
 def student_rows(batches: Sequence[Batch], engine: Engine) -> list[int]:
     """Rows of the student's pass over each micro-batch, padding included."""
-    pad, again = engine.config.data.pad_to_multiple, reconstructs(engine.config)
+    pad, again = engine.config.data.pad_to_multiple, engine.config.objective.reconstructs
     return even_rows([num_student_rows(batch, again, pad) for batch in batches], engine)
 
 
 def teacher_rows(batches: Sequence[Batch], students: Sequence[int], engine: Engine) -> list[int]:
-    """Rows of the teacher's pass, padding included: the reconstruction part of the student's."""
+    """Rows of the teacher's pass, padding included: the image rows of the student's."""
     if engine.teacher is None:
         return [0] * len(batches)
     return [rows - len(batch.tokens_T) for batch, rows in zip(batches, students, strict=True)]
+
+
+def travelling_rows(batches: Sequence[Batch], engine: Engine) -> list[tuple[int, ...]]:
+    """Rows of each group that travels from stage to stage beside the passes, padding included."""
+    groups, pad = engine.config.objective.travelling(), engine.config.data.pad_to_multiple
+    lengths = even_rows([round_up(len(batch.visual_rows_N), pad) for batch in batches], engine)
+    return [(length,) * groups for length in lengths]
 
 
 def global_counts(
@@ -81,7 +87,7 @@ def global_counts(
             student_rows=student,
             teacher_rows=teacher,
             supervised_rows=supervised,
-            masked_rows=0 if plan.masked_N is None else int(plan.masked_N.sum()),
+            masked_rows=plan.masked,
         )
     local = torch.tensor([*sums.values(), *astuple(work)], dtype=torch.float64)
     both = send(local, engine.topology.device)

@@ -16,13 +16,12 @@ from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.data.serve.exchange import connect
 from laver_mcore.data.serve.loader import DialogueData
 from laver_mcore.megatron import checkpoints
-from laver_mcore.train import checkpoint, schedules
+from laver_mcore.train import checkpoint
 from laver_mcore.train.checkpoint import Progress
 from laver_mcore.train.counts import SIMILARITY
 from laver_mcore.train.engine import Engine
 from laver_mcore.train.metrics import Metrics
 from laver_mcore.train.profiling import Profiler
-from laver_mcore.train.schedules import Knobs
 from laver_mcore.train.step import StepResult, check_teacher_moved, train_step
 
 
@@ -41,17 +40,19 @@ def _due(iteration: int, interval: int | None) -> bool:
     return interval is not None and iteration % interval == 0
 
 
-def _after(state: RunState, result: StepResult, knobs: Knobs, engine: Engine) -> RunState:
+def _after(state: RunState, result: StepResult, engine: Engine) -> RunState:
     """The state after one step; stops the run if the teacher stood still when it should have moved."""
     moved: bool | torch.Tensor = state.student_moved | (
-        result.applied & (result.grad_norm > 0.0) & (knobs.learning_rate > 0.0)
+        result.applied & (result.grad_norm > 0.0) & (result.learning_rate > 0.0)
     )
     distance = state.teacher_distance
     # Waits for the device, but only when it is the teacher's turn; in a skipped step it did not move.
-    if result.teacher_distance is not None and bool(result.applied):
-        distance = float(result.teacher_distance)
+    move = result.teacher_move
+    if move is not None and bool(result.applied):
+        distance = float(move.distance)
         teacher_trains = engine.teacher is not None and engine.teacher.trains
-        check_teacher_moved(distance, knobs, bool(moved) and teacher_trains)
+        iteration = state.progress.iteration + 1
+        check_teacher_moved(iteration, distance, move.momentum, bool(moved) and teacher_trains)
         moved = False
     progress = Progress(
         iteration=state.progress.iteration + 1,
@@ -66,8 +67,8 @@ def _after(state: RunState, result: StepResult, knobs: Knobs, engine: Engine) ->
     )
 
 
-def metrics_row(state: RunState, result: StepResult, knobs: Knobs, engine: Engine) -> dict[str, Any]:
-    """Losses and knobs of one iteration; a quantity that this iteration did not have is null."""
+def metrics_row(state: RunState, result: StepResult, engine: Engine) -> dict[str, Any]:
+    """Losses and settings of one iteration; a quantity that this iteration did not have is null."""
     losses: dict[str, float | None] = dict.fromkeys(("loss", *result.terms)) | result.named_losses()
     counts = dict(zip(result.terms, result.counts.tolist(), strict=True))
     if not counts[SIMILARITY]:
@@ -78,7 +79,7 @@ def metrics_row(state: RunState, result: StepResult, knobs: Knobs, engine: Engin
         **losses,
         "grad_norm": float(result.grad_norm),
         "learning_rate": float(result.learning_rate),
-        **engine.objective.settings(knobs),
+        **engine.objective.settings(state.progress.iteration - 1),
         **teacher,
         "skipped": int(state.skipped),
     }
@@ -176,16 +177,15 @@ def _train(
     saved = progress.iteration
     profiler, interval = Profiler(config.run, topology.rank), _Interval(engine, enabled=metrics is not None)
     for batches in steps:
-        knobs = schedules.at(config, state.progress.iteration)
         profiler.begin(state.progress.iteration + 1)
-        result = train_step(engine, batches, knobs, interval.timers)
+        result = train_step(engine, batches, state.progress.iteration, interval.timers)
         interval.add(result)
-        state = _after(state, result, knobs, engine)
+        state = _after(state, result, engine)
         iteration = state.progress.iteration
         exiting = iteration == total or _due(iteration, config.run.exit_interval) or told_to_stop()
         profiler.end(iteration, exiting=exiting)
         if metrics is not None and _due(iteration, config.run.log_interval):
-            row = metrics_row(state, result, knobs, engine)
+            row = metrics_row(state, result, engine)
             columns, seconds = interval.columns(data.take_wait_ms())
             metrics.write(row | columns, seconds)
             interval.restart()

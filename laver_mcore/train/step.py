@@ -18,10 +18,11 @@ from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.device import send
 from laver_mcore.megatron.optimizer import apply_gradients, master_shard, set_rates, used_learning_rate
 from laver_mcore.model.inputs import ModelInputs, model_inputs
-from laver_mcore.model.laver import LaverOutput
+from laver_mcore.model.parameters import unwrap
 from laver_mcore.model.teacher import TeacherError
+from laver_mcore.model.vision_language import ModelOutput, VisionLanguageModel
 from laver_mcore.objectives.next_token import next_token_sum
-from laver_mcore.objectives.objective import Plan
+from laver_mcore.objectives.objective import Plan, TeacherMove
 from laver_mcore.objectives.similarity import similarity_sum
 from laver_mcore.train.counts import (
     LM_LOSS,
@@ -30,11 +31,12 @@ from laver_mcore.train.counts import (
     student_rows,
     teacher_rows,
     terms,
+    travelling_rows,
     without_tails,
 )
 from laver_mcore.train.engine import Engine
 from laver_mcore.train.pipeline import run_pipeline
-from laver_mcore.train.schedules import Knobs
+from laver_mcore.train.schedules import learning_rate
 
 UNTIMED = Timers(enabled=False)
 
@@ -59,8 +61,8 @@ class StepResult:
     grad_norm: torch.Tensor
     applied: torch.Tensor
     """Whether the weights were changed, bool scalar."""
-    teacher_distance: torch.Tensor | None
-    """Length of the teacher's move in this step (Euclidean, over all its weights); None where it does not move."""
+    teacher_move: TeacherMove | None
+    """None where it is not the teacher's turn."""
 
     def named_losses(self) -> dict[str, float]:
         """`loss` and every term by name, empty on ranks that do not compute losses; waits for the device."""
@@ -80,7 +82,7 @@ class _MicroBatch:
     plan: Plan
 
 
-def _micro_batch_sums(item: _MicroBatch, output: LaverOutput, engine: Engine) -> Mapping[str, torch.Tensor]:
+def _micro_batch_sums(item: _MicroBatch, output: ModelOutput, engine: Engine) -> Mapping[str, torch.Tensor]:
     """The sum of every term over one micro-batch, fp32 scalars, those of losses with gradients."""
     topology = engine.topology
     lm = next_token_sum(
@@ -101,16 +103,48 @@ def _micro_batch_sums(item: _MicroBatch, output: LaverOutput, engine: Engine) ->
     return {LM_LOSS: lm, **{term: total / topology.cp_size for term, total in others.items()}}
 
 
+class Ahead:
+    """Encodes the images of the next micro-batch before a pass begins, where the objective wants to look ahead.
+
+    What `prepare` then does on the host has the time of a pass; only a step's first micro-batch waits for all of it.
+    """
+
+    def __init__(self, items: Sequence[_MicroBatch], engine: Engine) -> None:
+        self._items, self._objective = items, engine.objective
+        self._visual: dict[int, torch.Tensor | None] = {}
+
+    def visual_tokens(self, item: _MicroBatch, model: Any) -> torch.Tensor | None:
+        """Visual tokens of this micro-batch, if they are there already; None leaves them to the model."""
+        if not self._objective.looks_ahead or not unwrap(model).pre_process:
+            return None
+        place = next(i for i, one in enumerate(self._items) if one is item)
+        for number in range(place, min(place + 2, len(self._items))):
+            if number not in self._visual:
+                self._visual[number] = self._encode(self._items[number], unwrap(model))
+        return self._visual.pop(place)
+
+    def _encode(self, item: _MicroBatch, model: VisionLanguageModel) -> torch.Tensor | None:
+        visual_ND = model.visual_tokens(item.inputs)
+        if visual_ND is not None:
+            self._objective.prepare(visual_ND, item.plan)
+        return visual_ND
+
+
 def _micro_batches(
-    batches: Sequence[Batch], plans: Sequence[Plan], rows: Sequence[int], engine: Engine
+    batches: Sequence[Batch],
+    plans: Sequence[Plan],
+    rows: Sequence[int],
+    travelling: Sequence[tuple[int, ...]],
+    engine: Engine,
 ) -> list[_MicroBatch]:
     device = engine.topology.device
     return [
         _MicroBatch(
             inputs=model_inputs(
                 batch,
-                plan.masked_N,
                 num_rows,
+                reconstruct=engine.config.objective.reconstructs,
+                travelling=groups,
                 geometry=engine.geometry,
                 num_shares=engine.topology.num_shares,
                 device=device,
@@ -120,25 +154,26 @@ def _micro_batches(
             image_lengths=batch.image_lengths,
             plan=plan,
         )
-        for batch, plan, num_rows in zip(batches, plans, rows, strict=True)
+        for batch, plan, num_rows, groups in zip(batches, plans, rows, travelling, strict=True)
     ]
 
 
 def train_step(
-    engine: Engine, batches: Sequence[Batch], knobs: Knobs, timers: Timers = UNTIMED
+    engine: Engine, batches: Sequence[Batch], iteration: int, timers: Timers = UNTIMED
 ) -> StepResult:
-    """Run one optimizer step over this rank's micro-batches."""
+    """Run the optimizer step that follows `iteration` finished ones, over this rank's micro-batches."""
     objective, names = engine.objective, terms(engine)
     batches = without_tails(batches, engine)
-    plans = [objective.plan(batch, knobs) for batch in batches]
+    plans = [objective.plan(batch, iteration) for batch in batches]
     rows = student_rows(batches, engine)
     teachers = teacher_rows(batches, rows, engine)
     counts = global_counts(batches, plans, rows, teachers, engine)
     divisors = dict(zip(names, counts.terms.clamp(min=1).float(), strict=True))
-    items = _micro_batches(batches, plans, rows, engine)
-    teacher_weights = objective.teacher.weights if objective.teacher is not None else None
+    groups = travelling_rows(batches, engine)
+    items = _micro_batches(batches, plans, rows, groups, engine)
+    ahead = Ahead(items, engine)
 
-    def losses_of(item: _MicroBatch, output: LaverOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def losses_of(item: _MicroBatch, output: ModelOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         sums = _micro_batch_sums(item, output, engine)
         found = {term: sums[term] / divisors[term] for term in names}
         loss = found[LM_LOSS]
@@ -150,20 +185,23 @@ def train_step(
 
     def forward_step(data: Iterator[_MicroBatch], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
         item = next(data)
-        return model(item.inputs, teacher_weights, timers.part), partial(losses_of, item)
+        visual_ND = ahead.visual_tokens(item, model)
+        return model(item.inputs, objective, item.plan, timers.part, visual_ND), partial(losses_of, item)
 
     for model in engine.models:
         model.zero_grad_buffer()
     engine.optimizer.zero_grad()
-    set_rates(engine.optimizer, knobs.learning_rate, engine.config.optimizer.weight_decay)
-    # Between stages the teacher's rows travel behind the student's.
-    travelling = [a + b for a, b in zip(rows, teachers, strict=True)]
+    optimizer = engine.config.optimizer
+    rate = learning_rate(optimizer, iteration, engine.config.train.train_iters)
+    set_rates(engine.optimizer, rate, optimizer.weight_decay)
+    # Between stages the teacher's rows, and what travels, go behind the student's.
+    sent = [a + b + sum(c) for a, b, c in zip(rows, teachers, groups, strict=True)]
     with timers.part("student"):
-        collected = run_pipeline(engine, items, travelling, forward_step, forward_only=False)
+        collected = run_pipeline(engine, items, sent, forward_step, forward_only=False)
     with timers.part("optimizer"):
         grad_norm, applied = apply_gradients(engine.optimizer)
     with timers.part("ema"):
-        teacher_distance = objective.after_step(applied, knobs, master_shard)
+        teacher_move = objective.after_step(applied, iteration, master_shard)
     return StepResult(
         terms=names,
         losses=_reduce_losses(collected, engine),
@@ -172,7 +210,7 @@ def train_step(
         learning_rate=used_learning_rate(engine.optimizer, engine.topology.device),
         grad_norm=grad_norm,
         applied=applied,
-        teacher_distance=teacher_distance,
+        teacher_move=teacher_move,
     )
 
 
@@ -184,18 +222,13 @@ def _reduce_losses(collected: list[torch.Tensor], engine: Engine) -> torch.Tenso
     return losses
 
 
-def check_teacher_moved(distance: float, knobs: Knobs, student_moved: bool) -> None:
+def check_teacher_moved(iteration: int, distance: float, momentum: float, student_moved: bool) -> None:
     """Raise `TeacherError` if the teacher stood still at its turn although the student has changed.
 
-    The released ZeRO-3 code averages empty shards and never notices; here it stops the run.
+    `iteration` counts from 1. The released ZeRO-3 code averages empty shards and never notices; here it stops the run.
     """
-    if (
-        knobs.update_teacher
-        and student_moved
-        and 1.0 - knobs.momentum > MIN_EXPECTED_MOVE
-        and distance == 0.0
-    ):
+    if student_moved and 1.0 - momentum > MIN_EXPECTED_MOVE and distance == 0.0:
         raise TeacherError(
-            f"iteration {knobs.iteration + 1}: the teacher did not move at momentum {knobs.momentum:.4f} although the "
+            f"iteration {iteration}: the teacher did not move at momentum {momentum:.4f} although the "
             "student has; its averages are not connected to the optimizer's weights"
         )

@@ -55,14 +55,13 @@ def observe(argv: list[str], device) -> dict:
     from torch.utils.flop_counter import FlopCounterMode
 
     from laver_mcore.model.parameters import named_parameters
-    from laver_mcore.train import schedules
     from laver_mcore.train.step import train_step
 
     engine, batches = first_step(argv, device)
     config, topology = engine.config, engine.topology
     saved = SavedBytes(engine)
     with FlopCounterMode(display=False) as counter:
-        result = train_step(engine, batches, schedules.at(config, config.train.train_iters - 1))
+        result = train_step(engine, batches, config.train.train_iters - 1)
     flops: dict[str, int] = {}
     for op, number in counter.get_flop_counts()["Global"].items():
         flops[str(op).removeprefix("aten.")] = flops.get(str(op), 0) + number

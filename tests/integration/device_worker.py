@@ -71,7 +71,7 @@ def step(argv: list[str], device: torch.device) -> list[str]:
     """Devices of what one step returns, after another that made the optimizer's state."""
     from laver_mcore.config.load import parse
     from laver_mcore.megatron import parallel
-    from laver_mcore.train import build, schedules
+    from laver_mcore.train import build
     from laver_mcore.train.step import train_step
 
     config, _ = parse(argv)
@@ -83,8 +83,9 @@ def step(argv: list[str], device: torch.device) -> list[str]:
     with FakeTensorMode(allow_non_fake_inputs=True), Bridges():
         engine, _ = build.build_engine(config, topology, build.resolve_vocab_size(config, tokenizer))
         for iteration, batches in enumerate(steps):
-            result = train_step(engine, batches, schedules.at(config, iteration))
-    found = (result.losses, result.counts, result.grad_norm, result.applied, result.teacher_distance)
+            result = train_step(engine, batches, iteration)
+    distance = result.teacher_move and result.teacher_move.distance
+    found = (result.losses, result.counts, result.grad_norm, result.applied, distance)
     return [str(tensor.device) for tensor in found if tensor is not None]
 
 

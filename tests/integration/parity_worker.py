@@ -89,7 +89,7 @@ def gradients(case, chunks, batch, config, topology, vocab_size):
     from laver_mcore.train.build import attention_geometry
 
     inputs = model_inputs(
-        batch, None, ROWS, geometry=attention_geometry(config), num_shares=1, device=topology.device
+        batch, ROWS, geometry=attention_geometry(config), num_shares=1, device=topology.device
     )
     logits_TV = gather_logits(chunks[0](inputs), topology, vocab_size)
     F.cross_entropy(logits_TV, batch.labels_T, ignore_index=-100).backward()

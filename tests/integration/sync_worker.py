@@ -67,19 +67,19 @@ class Watched:
         self.num_steps = 0
         self.found: list[str] = []
 
-    def __call__(self, engine, batches, knobs, *timers):
+    def __call__(self, engine, batches, iteration, *timers):
         self.num_steps += 1
         if self.num_steps <= WARM_UP:
-            return self._train_step(engine, batches, knobs, *timers)
+            return self._train_step(engine, batches, iteration, *timers)
         if engine.topology.device.type != "cuda":
             with _Count(self.found):
-                return self._train_step(engine, batches, knobs, *timers)
+                return self._train_step(engine, batches, iteration, *timers)
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("always")
                 warnings.showwarning = lambda message, *_: self.found.append(f"{message} at {_caller()}")
-                return self._train_step(engine, batches, knobs, *timers)
+                return self._train_step(engine, batches, iteration, *timers)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

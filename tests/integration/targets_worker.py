@@ -27,19 +27,18 @@ def one_step(argv: list[str], device) -> dict | None:
     import torch
     from accounting_worker import first_step
 
-    from laver_mcore.model.laver import LaverOutput
-    from laver_mcore.train import schedules
+    from laver_mcore.model.vision_language import ModelOutput
     from laver_mcore.train.step import train_step
 
     engine, batches = first_step(argv, device)
-    seen: list[LaverOutput] = []
+    seen: list[ModelOutput] = []
     engine.chunks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
-    result = train_step(engine, batches, schedules.at(engine.config, engine.config.train.train_iters - 1))
+    result = train_step(engine, batches, engine.config.train.train_iters - 1)
     if not engine.topology.is_last_rank:
         return None
     return dict(
-        teacher=torch.cat([o.teacher_NK for o in seen if o.teacher_NK is not None]),
-        student=torch.cat([o.student_NK.detach() for o in seen]),
+        teacher=torch.cat([o.target_NK for o in seen if o.target_NK is not None]),
+        student=torch.cat([engine.chunks[-1].vision_head(o.images_ND).detach() for o in seen]),
         losses=result.losses,
         grad_norm=result.grad_norm,
     )

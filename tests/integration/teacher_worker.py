@@ -18,17 +18,17 @@ class PlainAverage:
         self.averages: dict = {}
         self.names: dict = {}
 
-    def __call__(self, engine, batches, knobs, *timers):
+    def __call__(self, engine, batches, iteration, *timers):
         from laver_mcore.model.parameters import named_parameters
-        from laver_mcore.shapes.weights import AVERAGED
 
         if not self.averages:
+            averaged = engine.config.objective.teacher(engine.config).averaged
             items = named_parameters(engine.chunks, engine.topology)
-            self.names = {i.parameter: i.name for i in items if i.name.startswith(AVERAGED)}
+            self.names = {i.parameter: i.name for i in items if i.name.startswith(averaged)}
             self.averages = {p: p.detach().double().clone() for p in self.names}
-        result = self._train_step(engine, batches, knobs, *timers)
+        result = self._train_step(engine, batches, iteration, *timers)
         for parameter, average in self.averages.items():
-            average.lerp_(parameter.detach().double(), 1.0 - knobs.momentum)
+            average.lerp_(parameter.detach().double(), 1.0 - result.teacher_move.momentum)
         return result
 
     def report(self, engine) -> dict:

@@ -89,7 +89,7 @@ def test_bytes_that_stay(directory, name):
     for pp_rank, ranks in enumerate(stages):
         held = holdings(config, ranks[0]["vocab_size"])[pp_rank]
         expected = state_bytes(config, held, dp // cp)
-        if config.laver.offload_teacher:  # here the host's memory is the device's
+        if config.objective.teacher(config).offload:  # here the host's memory is the device's
             assert expected["teacher"] == 4 * held.averaged
             expected["teacher"] += 4 * held.averaged
         for tp_rank in range(tp):

@@ -21,19 +21,19 @@ class Step:
         self._train_step, self._spoiled, self._record = train_step, scenario["spoiled"], scenario["record"]
         self.batches = []
 
-    def __call__(self, engine, batches, knobs, *timers):
+    def __call__(self, engine, batches, iteration, *timers):
         from laver_mcore.train import checkpoint
         from laver_mcore.train.checkpoint import Progress
 
         if self._record and not self.batches:
             checkpoint.save(engine, Path(self._record).parent / "start", Progress(), "")
         self.batches.append([{name: getattr(batch, name) for name in FIELDS} for batch in batches])
-        if knobs.iteration == self._spoiled:
+        if iteration == self._spoiled:
             batches = [
                 batch if batch.pixels is None else replace(batch, pixels=batch.pixels * float("inf"))
                 for batch in batches
             ]
-        return self._train_step(engine, batches, knobs, *timers)
+        return self._train_step(engine, batches, iteration, *timers)
 
     def save(self) -> None:
         import torch

@@ -14,7 +14,7 @@ from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse, to_yaml
 from laver_mcore.megatron import checkpoints, parallel
 from laver_mcore.megatron.checkpoints import CheckpointError
-from laver_mcore.train import checkpoint, schedules
+from laver_mcore.train import checkpoint
 from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
 from laver_mcore.train.checkpoint import Progress
 from laver_mcore.train.loop import RunState, _after, _data_start
@@ -76,7 +76,7 @@ def take_steps(engine, first, last):
         image_share=(0, 1),
     )
     for step, batches in zip(range(first, last), steps, strict=True):
-        train_step(engine, batches, schedules.at(config, step))
+        train_step(engine, batches, step)
 
 
 def state_of(engine):
@@ -199,12 +199,14 @@ def test_progress_counts_iterations_and_rows(recipe):
     """A skipped step is an iteration too, and its rows are consumed."""
     engine = SimpleNamespace(config=config_of(recipe, "--global-batch-size 6"), teacher=None)
     state = RunState(progress=Progress(iteration=7, consumed_rows=50))
-    knobs = schedules.at(engine.config, 7)
     for applied, skipped in ((True, 0), (False, 1)):
         result = SimpleNamespace(
-            applied=torch.tensor(applied), grad_norm=torch.tensor(1.0), teacher_distance=None
+            applied=torch.tensor(applied),
+            grad_norm=torch.tensor(1.0),
+            learning_rate=torch.tensor(1.0),
+            teacher_move=None,
         )
-        after = _after(state, result, knobs, engine)
+        after = _after(state, result, engine)
         assert after.progress == Progress(iteration=8, consumed_rows=56)
         assert int(after.skipped) == skipped
 

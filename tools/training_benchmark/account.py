@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 
 from laver_mcore.accounting.flops import step_flops
 from laver_mcore.accounting.work import StepWork, micro_batch_work
-from laver_mcore.config.objectives import reconstructs
-from laver_mcore.config.schema import Config
+from laver_mcore.config.schema import Config, ObjectiveConfig
 from laver_mcore.data.sequence.prompt import IGNORE
 from laver_mcore.model.inputs import round_up
 from tools.training_benchmark.batches import MicroBatch, global_batch, padded_length
@@ -59,10 +58,9 @@ def _engine_work(config: Config, batches: Sequence[MicroBatch], setting: Setting
 
 
 def _micro_batch_work(config: Config, batch: MicroBatch, setting: Setting) -> StepWork:
-    laver = reconstructs(config)
     grids = [(span.height, span.width) for sample in batch.samples for span in sample.image_spans]
     visual, multiple = sum(h * w for h, w in grids), config.data.pad_to_multiple
-    reconstruction = round_up(visual, multiple) if laver else 0
+    reconstruction = round_up(visual, multiple) if config.objective.reconstructs else 0
     tokens = sum(len(sample) for sample in batch.samples)
     dialogue = min(setting.micro_batch_size * setting.seq_length, round_up(tokens, multiple))
     return micro_batch_work(
@@ -72,7 +70,7 @@ def _micro_batch_work(config: Config, batch: MicroBatch, setting: Setting) -> St
         student_rows=dialogue + reconstruction,
         teacher_rows=reconstruction,
         supervised_rows=sum(int((sample.labels_L != IGNORE).sum()) for sample in batch.samples),
-        masked_rows=sum(int(h * w * config.laver.mask_ratio) for h, w in grids) if laver else 0,
+        masked_rows=sum(int(h * w * config.objective.masked_share()) for h, w in grids),
     )
 
 
@@ -84,7 +82,7 @@ def _released_rows(batches: Sequence[Sequence[MicroBatch]]) -> tuple[int, int]:
 
 def _released_flops(config: Config, vocab_size: int, work: StepWork, rows: int, pairs: int) -> float:
     """Two passes forward and backward and one forward over padded rows, logits of all rows in the first."""
-    lm_only = replace(config, train=replace(config.train, objective="lm"))
+    lm_only = replace(config, objective=ObjectiveConfig())
     frozen = replace(lm_only, train=replace(config.train, trainable=()))
     student = StepWork(dialogue_rows=2 * rows, dialogue_pairs=2 * pairs, supervised_rows=rows)
     teacher = StepWork(dialogue_rows=rows, dialogue_pairs=pairs)

@@ -9,11 +9,17 @@ import torch
 from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.data.serve.device_copies import send_batch
 from laver_mcore.megatron import parallel
-from laver_mcore.train.schedules import Knobs
 from tools.training_benchmark.batches import PaddedBatch, draw_masks, global_batch, packed, padded
-from tools.training_benchmark.setting import Arm, Setting, engine_config, vocabulary
+from tools.training_benchmark.setting import (
+    MOMENTUM,
+    Arm,
+    Setting,
+    engine_config,
+    iteration,
+    laver_settings,
+    vocabulary,
+)
 
-MOMENTUM = 0.95
 SPOILED = 1.1
 """What a spoiled weight is multiplied by."""
 
@@ -64,14 +70,8 @@ class EngineArm:
     def step(self, number: int, move_teacher: bool = False) -> Any:
         from laver_mcore.train.step import train_step
 
-        knobs = Knobs(
-            iteration=number,
-            learning_rate=self._setting.learning_rate,
-            mask_ratio=self._setting.mask_ratio if self._laver else 0.0,
-            momentum=MOMENTUM,
-            update_teacher=move_teacher and self._laver,
-        )
-        return train_step(self._engine, self._batches[number % len(self._batches)], knobs)
+        batches = self._batches[number % len(self._batches)]
+        return train_step(self._engine, batches, iteration(number, move_teacher))
 
     def losses(self, result: Any) -> Losses:
         found = result.named_losses()
@@ -115,7 +115,10 @@ class ReleasedArm:
 
     def step(self, number: int, move_teacher: bool = False) -> Any:
         place = number % len(self._batches)
-        masks = [draw_masks(batch, self._setting, number) for batch, _ in self._batches[place]]
+        masks = [
+            draw_masks(batch, self._setting, iteration(number, move_teacher))
+            for batch, _ in self._batches[place]
+        ]
         moved = [
             replace(each, masked_N=mask.to(self._device))
             for (_, each), mask in zip(self._batches[place], masks, strict=True)
@@ -133,7 +136,7 @@ class ReleasedArm:
     def _train(
         self, batches: Sequence[PaddedBatch], counts: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        laver = self._config.laver
+        laver = laver_settings(self._config)
         divisors = torch.tensor(counts, device=self._device).clamp(min=1)
         weights = torch.tensor([1.0, laver.lambda_laver, laver.lambda_gram], device=self._device)
         total = torch.zeros(3, device=self._device)

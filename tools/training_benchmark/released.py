@@ -22,6 +22,7 @@ from laver_mcore.data.sequence.prompt import IGNORE
 from laver_mcore.model.initialize import draw
 from laver_mcore.model.vision_encoders import build_vision_encoder
 from tools.training_benchmark.batches import PaddedBatch
+from tools.training_benchmark.setting import laver_settings
 
 
 def mixed_mask(batch: PaddedBatch) -> torch.Tensor:
@@ -55,7 +56,7 @@ class ReleasedModel(nn.Module):
         model = config.model
         kind: dict[str, Any] = dict(dtype=self.dtype, device=device)
         assert model.hidden_size is not None
-        width, inner = model.hidden_size, config.laver.vision_head_hidden_size
+        width, inner = model.hidden_size, laver_settings(config).vision_head_hidden_size
         standard = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         with device:
@@ -100,10 +101,11 @@ class ReleasedModel(nn.Module):
             for name, tensor in zip(entry.theirs, split(entry, full, config.model), strict=True):
                 own.pop(name).copy_(tensor)
         assert own.keys() <= {"lm_head.weight"}, f"no weights for {sorted(own)}"
+        stds = {weight.name: weight.std for weight in config.objective.parameters(config)}
         for prefix in ("connector", "vision_head"):
             for name, parameter in getattr(self, prefix).named_parameters():
                 ours = f"{prefix}.layers.{name}"
-                parameter.copy_(draw(ours, tuple(parameter.shape), config.model, seed))
+                parameter.copy_(draw(ours, tuple(parameter.shape), config.model, seed, stds.get(ours)))
         self.mask_token.copy_(draw("mask_token", tuple(self.mask_token.shape), config.model, seed))
 
     def trainable(self) -> list[nn.Parameter]:
@@ -112,7 +114,7 @@ class ReleasedModel(nn.Module):
 
     def sums(self, batch: PaddedBatch, config: Config) -> torch.Tensor:
         """Sums over one micro-batch of the LM, MIM and Gram losses, fp32 [3], with gradients."""
-        laver = config.laver
+        laver = laver_settings(config)
         with torch.no_grad():
             features = batch.pixels if self.tower is None else self.tower(batch.pixels).flatten(0, 1)
         visual_ND = self.connector(features.to(self.dtype))

@@ -12,14 +12,15 @@ from laver_mcore.config.load import resolve
 from laver_mcore.config.schema import (
     Config,
     DataConfig,
-    LaverConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
     TrainConfig,
     VisionConfig,
 )
+from laver_mcore.objectives.laver import LaverConfig
 
 Arm = Literal["lm", "laver", "released"]
 ARMS: tuple[Arm, ...] = ("lm", "laver", "released")
@@ -27,6 +28,11 @@ ARMS: tuple[Arm, ...] = ("lm", "laver", "released")
 TRAINABLE = ("connector.*", "language_model.*")
 """Stage 2's, of which an LM-only run has these; LaVer adds its own two."""
 LAVER_TRAINABLE = (*TRAINABLE, "mask_token", "vision_head.*")
+
+MOMENTUM = 0.95
+"""The teacher's, in every move."""
+MOVES_EVERY = 2
+"""Iterations from move to move; see `iteration`."""
 
 # google/siglip-so400m-patch14-384's vision half: 27 layers, 27 x 27 tokens of width 1152.
 SIGLIP_SO400M: dict[str, Any] = dict(
@@ -126,6 +132,17 @@ def with_tower(setting: Setting, folder: Path) -> Setting:
     return replace(setting, vision_path=str(folder))
 
 
+def iteration(number: int, move_teacher: bool) -> int:
+    """The run's iteration that stands for step `number`: one after which the teacher moves, or not."""
+    return MOVES_EVERY * (number + 1) + (MOVES_EVERY - 1 if move_teacher else 0)
+
+
+def laver_settings(config: Config) -> LaverConfig:
+    """The recipe's section of LaVer."""
+    assert isinstance(config.objective, LaverConfig)
+    return config.objective
+
+
 def engine_config(setting: Setting, laver: bool) -> Config:
     """The recipe of an arm of this engine, checked; the released arm reads its shapes from the same."""
     widths: dict[str, Any] = {}
@@ -150,11 +167,17 @@ def engine_config(setting: Setting, laver: bool) -> Config:
                 image_size=setting.image_side * setting.patch_size,
                 patch_size=setting.patch_size,
             ),
-            laver=LaverConfig(
+            objective=LaverConfig(
                 mask_ratio=setting.mask_ratio,
-                teacher_precision=setting.teacher_precision if laver else "same",
+                mask_strategy="constant",
+                momentum=MOMENTUM,
+                momentum_strategy="constant",
+                ema_steps=MOVES_EVERY,
+                teacher_precision=setting.teacher_precision,
                 vision_head_hidden_size=setting.vision_head_hidden_size,
-            ),
+            )
+            if laver
+            else ObjectiveConfig(),
             data=DataConfig(
                 data_path=("synthetic",), tokenizer_model="synthetic", seq_length=setting.seq_length
             ),
@@ -162,14 +185,14 @@ def engine_config(setting: Setting, laver: bool) -> Config:
                 recompute_granularity="full" if setting.recompute == "full" else None,
                 use_distributed_optimizer=setting.optimizer == "distributed",
             ),
-            optimizer=OptimizerConfig(lr=setting.learning_rate),
+            optimizer=OptimizerConfig(lr=setting.learning_rate, lr_decay_style="constant"),
             train=TrainConfig(
                 micro_batch_size=setting.micro_batch_size,
                 global_batch_size=setting.global_batch_size,
                 bf16=setting.bf16,
                 transformer_impl="local" if setting.teacher_precision == "fp8" else "auto",
                 seed=setting.seed,
-                objective="laver" if laver else "lm",
+                train_iters=1,  # every step is one of the schedules' end
                 trainable=LAVER_TRAINABLE if laver else TRAINABLE,
             ),
             run=RunConfig(tensorboard=False),

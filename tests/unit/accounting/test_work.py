@@ -19,6 +19,7 @@ from laver_mcore.config.schema import (
     TrainConfig,
     VisionConfig,
 )
+from laver_mcore.objectives.laver import LaverConfig
 from laver_mcore.shapes.towers import tower_shape
 from laver_mcore.shapes.weights import list_weights, padded_vocab
 
@@ -54,7 +55,7 @@ def test_pairs_of_the_mask(name, mixed):
     lengths = [sum(s if isinstance(s, int) else s[0] * s[1] for s in document) for document in documents]
     config = Config(
         attention=AttentionConfig(mixed_attention=mixed),
-        train=TrainConfig(objective="laver"),
+        objective=LaverConfig(),
         vision=VisionConfig(vision="none"),
     )
     rows = dict(student_rows=sum(lengths) + 99, teacher_rows=128, supervised_rows=3, masked_rows=2)

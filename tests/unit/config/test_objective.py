@@ -3,8 +3,9 @@
 import pytest
 
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.load import parse, read_recipe
-from laver_mcore.config.objectives import objective_spec, reconstructs
+from laver_mcore.config.load import parse, read_recipe, to_yaml
+from laver_mcore.config.objectives import load_objective
+from laver_mcore.config.schema import ObjectiveConfig
 
 RECIPE = """
 model: {model: tiny}
@@ -17,13 +18,18 @@ train: {train_iters: 10, global_batch_size: 8}
 MOVED = {
     "laver_on": (
         "laver: {laver: true}",
-        ("train", "objective", "laver"),
-        "laver.laver is now train.objective: laver",
+        ("objective", None, "laver"),
+        "laver.laver is now objective: laver",
     ),
     "laver_off": (
         "laver: {laver: false}",
-        ("train", "objective", "lm"),
-        "laver.laver is now train.objective: lm",
+        ("objective", None, "lm"),
+        "laver.laver is now objective: lm",
+    ),
+    "in_train": (
+        "train: {objective: laver}",
+        ("objective", None, "laver"),
+        "train.objective is now objective: laver",
     ),
     "attention": (
         "laver: {mixed_attention: false}",
@@ -57,14 +63,14 @@ def test_older_key_is_taken_and_named(tmp_path, capsys, monkeypatch, old, place,
     path.write_text(old, encoding="utf-8")
     section, key, value = place
     found = read_recipe(path)
-    assert found[section][key] == value
+    assert (found[section] if key is None else found[section][key]) == value
     assert line in capsys.readouterr().err
 
 
 def test_only_rank_0_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     (tmp_path / "old.yaml").write_text("laver: {laver: true}", encoding="utf-8")
-    assert read_recipe(tmp_path / "old.yaml")["train"]["objective"] == "laver"
+    assert read_recipe(tmp_path / "old.yaml")["objective"] == "laver"
     assert capsys.readouterr().err == ""
 
 
@@ -79,8 +85,44 @@ def test_older_flag_names_the_new_one(recipe, flag, now):
 @pytest.mark.parametrize(("name", "again"), [("lm", False), ("laver", True)])
 def test_what_an_objective_makes_of_the_model(recipe, name, again):
     config, _ = parse(["--config", str(recipe), "--objective", name])
-    assert config.train.objective == name
-    assert reconstructs(config) == again
+    assert config.objective.name == name
+    assert config.objective.reconstructs == again
+    assert (config.objective.teacher(config) is not None) == again
+    assert [weight.name for weight in config.objective.parameters(config)][:1] == ["mask_token"] * again
+
+
+def test_an_objectives_settings_stand_in_its_section(recipe):
+    """The recipe keeps the sections of other objectives; flags are those of the one that is chosen."""
+    recipe.write_text(
+        RECIPE + "objective: laver\nlaver: {mask_ratio: 0.25, ema_steps: 3}\n", encoding="utf-8"
+    )
+    config, _ = parse(["--config", str(recipe), "--mask-ratio", "0.5"])
+    assert (config.objective.mask_ratio, config.objective.ema_steps) == (0.5, 3)
+    recipe.with_name("again.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert parse(["--config", str(recipe.with_name("again.yaml"))])[0] == config
+    config, _ = parse(["--config", str(recipe), "--objective", "lm"])
+    assert config.objective == ObjectiveConfig()
+    with pytest.raises(
+        ConfigError, match=r"^--mask-ratio is a setting of objective laver, and this run's is lm$"
+    ):
+        parse(["--config", str(recipe), "--objective", "lm", "--mask-ratio", "0.5"])
+
+
+# A recipe's lines -> what is said.
+REFUSED = {
+    "key": ("laver: {mask_ration: 0.5}", "unknown key laver.mask_ration; did you mean 'mask_ratio'"),
+    "value": ("laver: {ema_steps: many}", "laver.ema_steps='many': input should be a valid integer"),
+    "no_settings": ("lm: {mask_ratio: 0.5}", "unknown key lm.mask_ratio, which has none"),
+    "section": ("lavr: {mask_ratio: 0.5}", "unknown section 'lavr'; did you mean 'laver'"),
+    "name": ("objective: lavr", "objective='lavr' is not known; did you mean 'laver'"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED.values(), ids=REFUSED)
+def test_wrong_settings_are_named_whatever_the_objective(recipe, line, message):
+    recipe.write_text(RECIPE + line + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        parse(["--config", str(recipe)])
 
 
 def test_unknown_objective_names_the_nearest(recipe):
@@ -89,4 +131,4 @@ def test_unknown_objective_names_the_nearest(recipe):
     ):
         parse(["--config", str(recipe), "--objective", "lavr"])
     with pytest.raises(ConfigError, match="is not known"):
-        objective_spec("")
+        load_objective("")

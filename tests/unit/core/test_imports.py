@@ -43,8 +43,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "laver_kernels",
         "megatron.parallel",
         "megatron.weight_shards",
-        "model.laver",
+        "model.method",
         "model.teacher",
+        "model.vision_language",
     ),
     "convert": ("config", "data.images", "data.sequence", "megatron", "model"),
     "train": (
@@ -59,7 +60,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "objectives",
     ),
     "generate": ("data.images", "data.order", "data.sequence", "model", "train.pipeline"),
-    "plan": ("accounting", "config", "train.schedules"),
+    "plan": ("accounting", "config"),
     "demo": (),
     "cli": ("accounting", "config", "laver_kernels", "megatron", "model", "train"),
 }
@@ -170,12 +171,17 @@ def test_objectives_know_batches_the_models_output_and_the_teacher_alone():
         if within(imported[0], ("data", "model"))
     }
     assert {module for module, _ in taken} <= {
-        "model.laver",
+        "model.method",
         "model.teacher",
+        "model.vision_language",
         "data.sequence.batch",
         "data.sequence.masking",
     }
-    assert {name for module, name in taken if module == "model.laver"} == {"LaverModel", "LaverOutput"}
+    assert {name for module, name in taken if module == "model.vision_language"} == {
+        "Added",
+        "ModelOutput",
+        "VisionLanguageModel",
+    }
 
 
 def test_build_is_imported_by_entry_points_alone():

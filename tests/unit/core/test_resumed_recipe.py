@@ -6,6 +6,7 @@ import yaml
 from laver_mcore.cli.run import first_difference
 from laver_mcore.config.load import to_yaml
 from laver_mcore.config.schema import Config
+from laver_mcore.objectives.laver import LaverConfig
 
 CASES = {
     "nothing": ({}, {}, None),
@@ -18,15 +19,20 @@ CASES = {
         "laver.centering was False, now True",
     ),
     "newer section": ({"laver": ...}, {}, None),
+    "what the objective lets change": ({}, {"laver": {"teacher_precision": "fp8"}}, None),
+    "another objective": ({"objective": "lm"}, {}, "objective was 'lm', now 'laver'"),
 }
 
 
 def changed(changes):
     """The default recipe with these values; `...` leaves a key or a section out."""
-    recipe = yaml.safe_load(to_yaml(Config()))
+    recipe = yaml.safe_load(to_yaml(Config(objective=LaverConfig())))
     for section, values in changes.items():
         if values is ...:
             del recipe[section]
+            continue
+        if isinstance(values, str):
+            recipe[section] = values
             continue
         recipe[section] |= values
         recipe[section] = {key: value for key, value in recipe[section].items() if value is not ...}

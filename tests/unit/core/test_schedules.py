@@ -1,12 +1,16 @@
 """Schedules against the formulas of the LaVer paper, written out a second time and by hand."""
 
-from dataclasses import replace
-from math import cos, pi
+from math import cos, floor, pi
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from laver_mcore.config.schema import Config, LaverConfig, OptimizerConfig, TrainConfig
-from laver_mcore.train import schedules
+from laver_mcore.config.schema import Config, ModelConfig, OptimizerConfig, TrainConfig
+from laver_mcore.objectives.laver import Laver, LaverConfig
+from laver_mcore.objectives.objective import LanguageModel
+from laver_mcore.objectives.schedules import mask_ratio, momentum
+from laver_mcore.train.schedules import learning_rate
 
 TOTAL = 1000
 
@@ -65,14 +69,12 @@ EMA_STEPS = {
 
 @pytest.mark.parametrize(("strategy", "ratio", "iteration", "wanted"), MASK_RATIOS.values(), ids=MASK_RATIOS)
 def test_mask_ratio(strategy, ratio, iteration, wanted):
-    config = LaverConfig(mask_strategy=strategy, mask_ratio=ratio)
-    assert schedules.mask_ratio(config, iteration, TOTAL) == pytest.approx(wanted, rel=1e-12, abs=1e-15)
+    assert mask_ratio(ratio, strategy, iteration, TOTAL) == pytest.approx(wanted, rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize(("strategy", "start", "iteration", "wanted"), MOMENTA.values(), ids=MOMENTA)
 def test_momentum(strategy, start, iteration, wanted):
-    config = LaverConfig(momentum_strategy=strategy, momentum=start)
-    assert schedules.momentum(config, iteration, TOTAL) == pytest.approx(wanted, rel=1e-12)
+    assert momentum(start, strategy, iteration, TOTAL) == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -80,38 +82,67 @@ def test_momentum(strategy, start, iteration, wanted):
 )
 def test_learning_rate(style, warmup, minimum, iteration, wanted):
     config = OptimizerConfig(lr=2.0, min_lr=minimum, lr_decay_style=style, lr_warmup_iters=warmup)
-    assert schedules.learning_rate(config, iteration, TOTAL) == pytest.approx(wanted, rel=1e-12, abs=1e-15)
+    assert learning_rate(config, iteration, TOTAL) == pytest.approx(wanted, rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize(("total", "ratio", "steps", "wanted"), EMA_STEPS.values(), ids=EMA_STEPS)
 def test_ema_steps(total, ratio, steps, wanted):
-    assert schedules.ema_steps(LaverConfig(ema_ratio=ratio, ema_steps=steps), total) == wanted
+    config = Config(
+        objective=LaverConfig(ema_ratio=ratio, ema_steps=steps), train=TrainConfig(train_iters=total)
+    )
+    assert config.objective.teacher(config).moves_every == wanted
+
+
+class Still:
+    """A teacher that notes the momentum of its moves."""
+
+    def __init__(self):
+        self.moves = []
+
+    def update(self, master_shard, momentum):
+        self.moves.append(float(momentum))
+        return torch.tensor(1.0)
+
+
+def laver_of(config):
+    topology = SimpleNamespace(device=torch.device("cpu"), on_last_stage=True)
+    return Laver(config, topology, Still())
 
 
 def test_teacher_moves_after_every_third_step():
-    config = Config(laver=LaverConfig(ema_steps=3), train=TrainConfig(objective="laver", train_iters=10))
-    moves = [schedules.at(config, iteration).update_teacher for iteration in range(10)]
-    assert [iteration + 1 for iteration, moved in enumerate(moves) if moved] == [3, 6, 9]
-
-
-def test_without_laver_nothing_is_masked_and_no_teacher_moves():
-    config = Config(laver=LaverConfig(ema_steps=1), train=TrainConfig(objective="lm", train_iters=10))
-    knobs = [schedules.at(config, iteration) for iteration in range(10)]
-    assert {(k.mask_ratio, k.momentum, k.update_teacher) for k in knobs} == {(0.0, 1.0, False)}
-
-
-def test_knobs_are_the_four_schedules():
-    """`at` is what the loop asks: every knob from its own schedule, over the whole run."""
     config = Config(
-        laver=LaverConfig(mask_ratio=0.2, momentum=0.9),
-        optimizer=OptimizerConfig(lr=1e-3, lr_warmup_iters=5),
+        model=ModelConfig(hidden_size=8),
+        objective=LaverConfig(ema_steps=3, momentum=0.9),
+        train=TrainConfig(train_iters=10),
     )
-    config = replace(config, train=TrainConfig(objective="laver", train_iters=40))
+    laver = laver_of(config)
+    moves = [laver.after_step(torch.tensor(True), iteration, None) for iteration in range(10)]
+    assert [iteration + 1 for iteration, move in enumerate(moves) if move] == [3, 6, 9]
+    wanted = [1 - 0.05 * (1 + cos(pi * iteration / 10)) for iteration in (2, 5, 8)]
+    assert laver.teacher.moves == pytest.approx(wanted)
+    assert [move.momentum for move in moves if move] == pytest.approx(wanted)
+    laver.after_step(torch.tensor(False), 2, None)
+    assert laver.teacher.moves[-1] == 1.0  # a step that was not applied leaves the averages as they are
+
+
+def test_without_laver_nothing_is_masked_and_there_is_no_teacher():
+    config = Config(train=TrainConfig(train_iters=10))
+    assert config.objective.mask(config, 9, key="a", image_index=0, iteration=9) is None
+    assert config.objective.teacher(config) is None
+    assert LanguageModel().settings(9) == {}
+
+
+def test_settings_are_the_schedules():
+    """What is logged and what is masked: every setting from its own schedule, over the whole run."""
+    config = Config(
+        model=ModelConfig(hidden_size=8),
+        objective=LaverConfig(mask_ratio=0.2, momentum=0.9),
+        train=TrainConfig(train_iters=40),
+    )
+    laver = laver_of(config)
     for iteration in range(40):
-        knobs = schedules.at(config, iteration)
-        decay = iteration / 40
-        assert knobs.iteration == iteration
-        assert knobs.mask_ratio == pytest.approx(0.1 * (1 - cos(pi * decay)))
-        assert knobs.momentum == pytest.approx(1 - 0.05 * (1 + cos(pi * decay)))
-        rate = (iteration + 1) / 5 if iteration < 5 else (1 + cos(pi * (iteration - 5) / 35)) / 2
-        assert knobs.learning_rate == pytest.approx(1e-3 * rate)
+        settings, ratio = laver.settings(iteration), 0.1 * (1 - cos(pi * iteration / 40))
+        assert settings["mask_ratio"] == pytest.approx(ratio)
+        assert settings["momentum"] == pytest.approx(1 - 0.05 * (1 + cos(pi * iteration / 40)))
+        mask = config.objective.mask(config, 1000, key="a", image_index=0, iteration=iteration)
+        assert mask.sum() == floor(1000 * settings["mask_ratio"])

@@ -13,14 +13,15 @@ from laver_mcore.config.schema import (
     AttentionConfig,
     Config,
     DataConfig,
-    LaverConfig,
     ModelConfig,
+    ObjectiveConfig,
     ParallelConfig,
     TrainConfig,
     VisionConfig,
 )
 from laver_mcore.data.order.balance import assign_rows, image_shares, imbalance
 from laver_mcore.data.order.rows import RowOrder, neighbours_alike
+from laver_mcore.objectives.laver import LaverConfig
 
 DOCUMENTS = {
     "text": [("text", 90)],
@@ -51,9 +52,9 @@ def tiny(laver=True, mixed_attention=True, **settings):
             ),
             vision=VisionConfig(vision="encoder-free", image_size=32, patch_size=8),
             attention=AttentionConfig(mixed_attention=mixed_attention),
-            laver=LaverConfig(vision_head_hidden_size=12, **settings),
+            objective=LaverConfig(vision_head_hidden_size=12, **settings) if laver else ObjectiveConfig(),
             data=DataConfig(data_path=("x",), tokenizer_model="y"),
-            train=TrainConfig(objective="laver" if laver else "lm", global_batch_size=8),
+            train=TrainConfig(global_batch_size=8),
         )
     )
 

@@ -24,7 +24,7 @@ def test_recipe_resolves(folder, stage):
     recipe = from_recipe(EXAMPLES / folder / f"stage{stage}.yaml")
     config = resolve(replace(recipe, run=replace(recipe.run, hf_path=None)))  # the download is not here
     assert config.vision.vision == FOLDERS[folder]
-    assert (config.train.objective == "laver") == (stage == 2)
+    assert (config.objective.name == "laver") == (stage == 2)
     assert (recipe.run.hf_path is not None) == (stage == 1)
     assert config.attention.mixed_attention
     assert config.attention.rope_2d

@@ -205,7 +205,7 @@ def test_only_the_teachers_pass_is_in_fp8():
 
 # Flags -> words of the refusal.
 REFUSED = {
-    "no_teacher": ("--objective lm", "teacher_precision=fp8 needs a teacher"),
+    "no_teacher": ("--objective lm", "--teacher-precision is a setting of objective laver"),
     "transformer_engine": (
         "--objective laver --transformer-impl transformer_engine",
         "use transformer_impl=local",

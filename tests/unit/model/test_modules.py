@@ -11,7 +11,7 @@ from laver_mcore.model.connector import Connector
 from laver_mcore.model.initialize import draw
 from laver_mcore.model.norm import RMSNorm
 from laver_mcore.model.vision_encoders import PatchEmbedder
-from laver_mcore.model.vision_head import VisionHead
+from laver_mcore.objectives.head import Head, head_weights
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
@@ -26,7 +26,11 @@ def linear(x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
 KIND = dict(dtype=torch.float64, device=torch.device("cpu"))
 MODULES = {
     "connector": (lambda: Connector(6, 10, 8, **KIND), 6, (True, True)),
-    "vision_head": (lambda: VisionHead(6, 10, **KIND), 6, (True, True, False)),
+    "vision_head": (
+        lambda: Head((6, 10, 10, 6), torch.nn.GELU, last_bias=False, **KIND),
+        6,
+        (True, True, False),
+    ),
     "patch_embedder": (lambda: PatchEmbedder(2, 10, 8, **KIND), 12, (True, True, True)),
 }
 
@@ -72,7 +76,8 @@ SPREADS = {
 
 @pytest.mark.parametrize("name", SPREADS)
 def test_spread_of_fresh_weights(name):
-    drawn = draw(name, (300, 400), SHAPE, seed=1)
+    added = {weight.name: weight.std for weight in head_weights("vision_head", (400, 400, 300))}
+    drawn = draw(name, (300, 400), SHAPE, seed=1, std=added.get(name))
     # 120,000 numbers know their spread to 0.2 % and their mean to 0.3 % of it (one sigma).
     assert drawn.std().item() == pytest.approx(SPREADS[name], rel=0.01)
     assert abs(drawn.mean().item()) < 0.015 * SPREADS[name]

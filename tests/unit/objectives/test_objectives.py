@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from laver_mcore.data.sequence.batch import Batch, collate
 from laver_mcore.data.sequence.prompt import IGNORE, EncodedSample
-from laver_mcore.model.laver import LaverOutput
+from laver_mcore.model.vision_language import ModelOutput
 from laver_mcore.objectives.gram import gram_sum, num_gram_matrices
 from laver_mcore.objectives.latent import latent_sum
 from laver_mcore.objectives.next_token import next_token_sum
@@ -250,7 +250,9 @@ def micro_batch(documents: list[EncodedSample], padding: int) -> Batch:
 
 
 def call_next_token(batch, hidden_TD, weight_VD, vocab_size, group) -> torch.Tensor:
-    output = LaverOutput(dialogue_TD=hidden_TD, student_NK=None, teacher_NK=None, output_weight_VD=weight_VD)
+    output = ModelOutput(
+        dialogue_TD=hidden_TD, images_ND=None, target_NK=None, travelling=(), output_weight_VD=weight_VD
+    )
     return next_token_sum(
         output,
         batch.labels_T,

@@ -1,0 +1,78 @@
+"""Sections of a recipe that say what the model is: decoder, visual path, attention."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Decoder: a preset's shape; any field given here wins over the preset."""
+
+    model: str = "qwen2.5-7b"
+    """Preset: tiny, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-3b, 7b, 14b, 32b, 72b (all qwen2.5-)."""
+    num_layers: int | None = None
+    """Decoder layers."""
+    hidden_size: int | None = None
+    """Width D of the decoder."""
+    ffn_hidden_size: int | None = None
+    """Width of the SwiGLU MLP."""
+    num_attention_heads: int | None = None
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key/value heads (grouped-query attention)."""
+    kv_channels: int | None = None
+    """Width of one attention head; hidden_size / num_attention_heads where not given."""
+    vocab_size: int | None = None
+    """Vocabulary before padding; the tokenizer's where neither preset nor recipe gives it."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    untie_embeddings_and_output_weights: bool | None = None
+    """Whether the LM head has weights of its own."""
+    rotary_base: float | None = None
+    """Base of the rotary frequencies."""
+    mrope_section: tuple[int, int, int] | None = None
+    """Rotary bands for (t, row, column), summing to half the head width; the pure 2D split where not given."""
+    norm_epsilon: float | None = None
+    """Epsilon of RMSNorm."""
+    init_method_std: float = 0.02
+    """Standard deviation of random weights."""
+    attention_dropout: float = 0.0
+    """Only 0 is supported: the mixed-attention kernels have no dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Visual path: a transformers tower at fixed resolution, or encoder-free patches."""
+
+    vision: Literal["none", "encoder-free", "siglip", "clip", "dinov2", "aimv2", "qwen2-vl", "qwen2.5-vl"] = (
+        "siglip"
+    )
+    """Kind of visual path; siglip serves fixed-resolution SigLIP2 too, none trains on text alone."""
+    vision_path: str | None = None
+    """Hugging Face directory with the tower's config, weights and preprocessor_config.json."""
+    vision_random_init: bool = False
+    """Start the tower from random weights; its directory then needs no weights."""
+    vision_layer: int = -1
+    """Which hidden state feeds the connector: -1 the last, -2 the one before (LLaVA's choice for CLIP)."""
+    vision_select: Literal["patch", "cls_patch"] = "patch"
+    """Whether a CLS token is dropped (patch) or kept."""
+    image_size: int = 384
+    """Side in pixels of the square input, encoder-free path only (a tower's own settings decide otherwise)."""
+    patch_size: int = 16
+    """Side in pixels of one patch, encoder-free path only."""
+    min_pixels: int | None = None
+    """Native resolution: images of fewer pixels are scaled up; preprocessor_config.json's bound where not given."""
+    max_pixels: int | None = None
+    """Native resolution: images of more pixels are scaled down; preprocessor_config.json's bound where not given."""
+    connector_hidden_size: int | None = None
+    """Inner width of the connector's MLP; the decoder's width where not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """What a token sees, and where it stands: in every stage, whatever the objective."""
+
+    mixed_attention: bool = True
+    """Visual tokens of an image see each other both ways; off is causal."""
+    rope_2d: bool = True
+    """Visual tokens have (row, column) positions; off is 1D RoPE."""
