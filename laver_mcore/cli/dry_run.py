@@ -19,7 +19,7 @@ from laver_mcore.config.checks import check_world
 from laver_mcore.config.schema import Config
 from laver_mcore.megatron import cpu, parallel
 from laver_mcore.megatron.parallel import Topology
-from laver_mcore.model.parameters import Part, format_trainable, freeze_local, merge_parts
+from laver_mcore.model.parameters import Part, format_trainable, freeze_local, merge_parts, training_of
 from laver_mcore.train.build import build_chunks, build_data, build_tokenizer, resolve_vocab_size
 
 
@@ -28,7 +28,7 @@ def describe_rank(
 ) -> tuple[int, tuple[list[str], list[Part]]]:
     """Parameters that this (pretended) rank holds, and its contribution to the table of what trains."""
     chunks = build_chunks(config, topology, vocab_size)
-    contribution = freeze_local(chunks, config.train.trainable, topology)
+    contribution = freeze_local(chunks, training_of(config), topology)
     return sum(p.numel() for chunk in chunks for p in chunk.parameters()), contribution
 
 
@@ -79,7 +79,7 @@ def dry_run(config: Config) -> int:
         topology = _pretend(config, world_size, stage * ranks_per_stage)
         rows.append(describe_rank(config, topology, vocab_size))
     parallel.shut_down()
-    table = merge_parts([contribution for _, contribution in rows], config.train.trainable)
+    table = merge_parts([contribution for _, contribution in rows], training_of(config))
     print(
         f"{config.model.model}: {len(data.samples):,} dialogues, {data.rows_per_epoch(0):,} packed rows an epoch"
     )

@@ -66,6 +66,8 @@ class VisionConfig:
     """Native resolution: images of more pixels are scaled down; preprocessor_config.json's bound where not given."""
     connector_hidden_size: int | None = None
     """Inner width of the connector's MLP; the decoder's width where not given."""
+    normalize_visual_tokens: bool | None = None
+    """Visual tokens of unit length behind the connector; what the objective wants (victor: yes) where not given."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,6 +103,10 @@ def _check_vision(config: Config) -> None:
         not config.objective.reconstructs or vision.vision != "none",
         f"objective={config.objective.name} needs a visual path; set vision, or objective=lm",
     )
+    _require(
+        not config.objective.normalizes or bool(vision.normalize_visual_tokens),
+        f"objective={config.objective.name} needs visual tokens of unit length; leave out normalize_visual_tokens",
+    )
     tower = vision.vision not in ("none", "encoder-free")
     _require(
         not tower or vision.vision_path is not None,

@@ -120,6 +120,9 @@ def resolve(config: Config) -> Config:
         config = replace(config, model=fill_from_preset(config.model, shape))
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if config.vision.normalize_visual_tokens is None:
+        vision = replace(config.vision, normalize_visual_tokens=config.objective.normalizes)
+        config = replace(config, vision=vision)
     check(config)
     return config
 
@@ -215,7 +218,9 @@ def _unknown_flag(arg: str, name: str, default: Config, known: set[str]) -> str:
     return f"unknown flag {arg}; did you mean --{nearest(name, sorted(known)).replace('_', '-')}?"
 
 
-_OBJECTIVE = "What is learned: lm (the language model's loss alone), laver, or one that an installed package registers."
+_OBJECTIVE = (
+    "What is learned: lm (the language model's loss alone), laver, victor, or what an installed package registers."
+)
 _DESCRIPTION = """Train a vision-language model with latent visual reconstruction (LaVer) on Megatron-Core.
 
 Start from a recipe and override what you like; dashes and underscores are the same:

@@ -14,6 +14,7 @@ ENTRY_POINTS = "laver_mcore.objectives"
 BUILT_IN = {
     "lm": "laver_mcore.objectives.objective:LanguageModel",
     "laver": "laver_mcore.objectives.laver:Laver",
+    "victor": "laver_mcore.objectives.victor:Victor",
 }
 
 

@@ -108,6 +108,8 @@ class OptimizerConfig:
     """Adam's epsilon."""
     clip_grad: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 is off."""
+    lr_mult: tuple[str, ...] = ()
+    """Learning rates of their own: PATTERN=FACTOR by parameter name, e.g. connector.*=10; the last match wins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +190,8 @@ class AddedWeight:
     """Standard deviation of its random start; the decoder's rules by name where not given."""
     uses: int = 0
     """How often each visual token of a pass is multiplied with it; 0 for what is no matrix."""
+    decays: bool = True
+    """Whether weight decay reaches it; biases and other vectors have none in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +217,8 @@ class ObjectiveConfig:
     """By which `--objective` finds it; its section is called the same."""
     reconstructs: ClassVar[bool] = False
     """Whether the images of a micro-batch go through the decoder once more, by themselves."""
+    normalizes: ClassVar[bool] = False
+    """Whether it wants visual tokens of unit length, in its own stage and in all others."""
     may_change: ClassVar[frozenset[str]] = frozenset()
     """Settings that a resumed run may change."""
 

@@ -137,6 +137,7 @@ def model_config(config: Config, vocab_size: int, image_token_id: int, dtype: to
         **tower,
         "patch_size": vision.patch_size,
         "connector_hidden_size": vision.connector_hidden_size or config.model.hidden_size,
+        "normalize_visual_tokens": bool(config.vision.normalize_visual_tokens),
         "image_grid": _grid(config),
         "image_token_id": image_token_id,
         "mrope_section": list(config.model.mrope_section),

@@ -43,4 +43,10 @@ def identity(config: Config, vocab_size: int) -> dict[str, Any]:
         "untie_embeddings_and_output_weights",
     )
     shape = {name: model[name] for name in names}
-    return {**shape, "vocab_size": vocab_size, "vision": config.vision.vision}
+    vision = config.vision
+    return {
+        **shape,
+        "vocab_size": vocab_size,
+        "vision": vision.vision,
+        "normalize_visual_tokens": bool(vision.normalize_visual_tokens),
+    }

@@ -3,16 +3,18 @@
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
 from laver_mcore.config.schema import Config
 from laver_mcore.megatron.weight_shards import Bucket
@@ -35,9 +37,24 @@ def build_optimizer(config: Config, models: list[DistributedDataParallel]) -> Me
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         log_num_zeros_in_grad=False,
     )
-    optimizer = get_megatron_optimizer(mcore, models)
+    optimizer = get_megatron_optimizer(mcore, models, _overrides(mcore, models))
     _use_fused_adam(optimizer)
     return optimizer
+
+
+def _overrides(mcore: McoreOptimizerConfig, models: Sequence[torch.nn.Module]) -> dict[ParamKey, Any]:
+    """Megatron's standard groups, and one for every factor that parameters are marked with."""
+    overrides: dict[ParamKey, Any] = get_standard_config_overrides(mcore)
+    for mark in ("lr_mult", "wd_mult"):
+        factors = {getattr(p, mark) for model in models for p in model.parameters() if hasattr(p, mark)}
+        for factor in sorted(factors):
+            marked = ParamPredicate(f"{mark} {factor}", partial(_has, mark=mark, factor=factor))
+            overrides[ParamKey(predicate=marked)] = {mark: factor}
+    return overrides
+
+
+def _has(parameter: torch.nn.Parameter, mark: str, factor: float) -> bool:
+    return getattr(parameter, mark, None) == factor
 
 
 def set_rates(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: float) -> None:

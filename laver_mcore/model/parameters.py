@@ -1,6 +1,7 @@
 """Parameters by their global names: the same name for the same weight under every parallel layout."""
 
 import fnmatch
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from laver_mcore.config.errors import ConfigError, nearest
+from laver_mcore.config.schema import Config
 from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.vision_language import VisionLanguageModel
 
@@ -59,37 +61,76 @@ Part = tuple[str, int, int]
 """Part of the model, its parameters, and how many of them train; over all ranks, each parameter counted once."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Which parameters train, and how: name patterns and factors."""
+
+    trainable: tuple[str, ...]
+    rates: tuple[tuple[str, float], ...] = ()
+    """(pattern, factor of the learning rate); the last that matches wins."""
+    undecayed: frozenset[str] = frozenset()
+    """Names that weight decay does not reach."""
+
+    def rate(self, name: str) -> float:
+        """The factor of one parameter's learning rate."""
+        return next((factor for p, factor in reversed(self.rates) if fnmatch.fnmatchcase(name, p)), 1.0)
+
+
+def training_of(config: Config) -> Training:
+    """What the recipe says; `ConfigError` for a factor that is none."""
+    rates = []
+    for item in config.optimizer.lr_mult:
+        pattern, _, factor = item.rpartition("=")
+        try:
+            rates.append((pattern, float(factor)))
+        except ValueError:
+            rates.append(("", 0.0))
+        if not pattern or not 0.0 < rates[-1][1] < math.inf:
+            raise ConfigError(
+                f"lr_mult {item!r} is no PATTERN=FACTOR with a factor above 0, such as connector.*=10"
+            )
+    undecayed = {weight.name for weight in config.objective.parameters(config) if not weight.decays}
+    return Training(trainable=config.train.trainable, rates=tuple(rates), undecayed=frozenset(undecayed))
+
+
 def freeze_local(
-    chunks: list[VisionLanguageModel], patterns: tuple[str, ...], topology: Topology
+    chunks: list[VisionLanguageModel], training: Training, topology: Topology
 ) -> tuple[list[str], list[Part]]:
-    """Let only the parameters train whose global name matches one of `patterns`, on this rank.
+    """Let only the parameters of this rank train that are to, and mark those with factors of their own.
 
     Returns all names, and the rank's contribution to the table of parts (tensor-parallel rank 0 speaks for all).
     """
     counts: dict[str, list[int]] = {}
     names = []
     for item in named_parameters(chunks, topology):
-        trainable = any(fnmatch.fnmatchcase(item.name, pattern) for pattern in patterns)
+        trainable = any(fnmatch.fnmatchcase(item.name, pattern) for pattern in training.trainable)
         item.parameter.requires_grad_(trainable)
         names.append(item.name)
+        factor = training.rate(item.name)
+        if factor != 1.0:
+            item.parameter.lr_mult = factor  # type: ignore[attr-defined]
+        if item.name in training.undecayed:
+            item.parameter.wd_mult = 0.0  # type: ignore[attr-defined]
         if item.owned and topology.tp_rank == 0:
             number = item.parameter.numel() * (topology.tp_size if item.sharded else 1)
-            part = counts.setdefault(_part(item.name), [0, 0])
+            label = _part(item.name) + (f" (lr x {factor:g})" if factor != 1.0 else "")
+            part = counts.setdefault(label, [0, 0])
             part[0] += number
             part[1] += number if trainable else 0
     return names, [(name, total, trained) for name, (total, trained) in counts.items()]
 
 
-def merge_parts(contributions: list[tuple[list[str], list[Part]]], patterns: tuple[str, ...]) -> list[Part]:
+def merge_parts(contributions: list[tuple[list[str], list[Part]]], training: Training) -> list[Part]:
     """The whole table from what `freeze_local` gave on every rank of one model replica.
 
     Raises `ConfigError` for a pattern that matches nothing.
     """
     all_names = sorted({name for names, _ in contributions for name in names})
-    for pattern in patterns:
+    wanted = [("trainable", pattern) for pattern in training.trainable]
+    for kind, pattern in [*wanted, *(("lr_mult", pattern) for pattern, _ in training.rates)]:
         if not fnmatch.filter(all_names, pattern):
             raise ConfigError(
-                f"trainable pattern {pattern!r} matches no parameter; nearest is {nearest(pattern, all_names)!r}"
+                f"{kind} pattern {pattern!r} matches no parameter; nearest is {nearest(pattern, all_names)!r}"
             )
     merged: dict[str, list[int]] = {}
     for _, parts in contributions:
@@ -99,11 +140,11 @@ def merge_parts(contributions: list[tuple[list[str], list[Part]]], patterns: tup
     return [(name, total, trained) for name, (total, trained) in merged.items()]
 
 
-def freeze(chunks: list[VisionLanguageModel], patterns: tuple[str, ...], topology: Topology) -> list[Part]:
+def freeze(chunks: list[VisionLanguageModel], training: Training, topology: Topology) -> list[Part]:
     """`freeze_local` on all ranks of this model replica, and the table of what trains."""
     gathered: list = [None] * topology.mp_group.size()
-    dist.all_gather_object(gathered, freeze_local(chunks, patterns, topology), group=topology.mp_group)
-    return merge_parts(gathered, patterns)
+    dist.all_gather_object(gathered, freeze_local(chunks, training, topology), group=topology.mp_group)
+    return merge_parts(gathered, training)
 
 
 def _part(name: str) -> str:

@@ -115,6 +115,7 @@ class VisionLanguageModel(MegatronModule):
             vp_stage=vp_stage,
         )
         self._received: torch.Tensor | None = None
+        self._normalizes = bool(config.vision.normalize_visual_tokens)
         self.vision_encoder: VisionEncoder | NativeEncoder | None = None
         kind = dict(dtype=mcore.params_dtype, device=device)
         if self.pre_process and config.vision.vision != "none":
@@ -166,6 +167,8 @@ class VisionLanguageModel(MegatronModule):
             assert inputs.pixels is not None
             features = self.encode_images(inputs.pixels, inputs.share_grids[self.tp_cp_group.rank()])
         local_nD = self.connector(features.to(self.config.params_dtype))
+        if self._normalizes:
+            local_nD = F.normalize(local_nD.float(), dim=-1).to(local_nD.dtype)
         return gather_shares(local_nD, inputs.share_counts, self.tp_cp_group, self.cp_group)
 
     def _embed(self, inputs: ModelInputs, entering: Entering | None) -> torch.Tensor:

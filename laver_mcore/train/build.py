@@ -31,7 +31,7 @@ from laver_mcore.model.inputs import AttentionGeometry
 from laver_mcore.model.layer_spec import transformer_config
 from laver_mcore.model.native_encoders import NATIVE
 from laver_mcore.model.network import Network
-from laver_mcore.model.parameters import freeze, unwrap
+from laver_mcore.model.parameters import freeze, training_of, unwrap
 from laver_mcore.model.vision_encoders import read_patch_size
 from laver_mcore.model.vision_language import VisionLanguageModel
 from laver_mcore.objectives.objective import Parts
@@ -184,7 +184,7 @@ def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[E
         weights = open_weights(config.run.hf_path, allow_pickle=config.run.allow_pickle)
         check_weights(weights, config.model, vocab_size, config.run.hf_path)
         load_hf_weights(chunks, config.model, vocab_size, topology, weights)
-    trainable = freeze(chunks, config.train.trainable, topology)
+    trainable = freeze(chunks, training_of(config), topology)
     models = _wrap(config, chunks)
     optimizer = build_optimizer(config, models)
     parts = Parts(

@@ -184,9 +184,13 @@ def _open(
     if not (folder / "metadata.json").is_file():
         raise CheckpointError(f"{folder} is not a complete checkpoint: metadata.json is missing")
     common = dist_checkpointing.load_common_state_dict(str(folder))
-    stored = common.get("identity", {})
+    stored = {"normalize_visual_tokens": False} | common.get("identity", {})
     for name, wanted in wanted_identity.items():
-        if name == "vision" and may_lack_vision and stored.get(name) == "none":
+        if (
+            may_lack_vision
+            and stored.get("vision") == "none"
+            and name in ("vision", "normalize_visual_tokens")
+        ):
             continue
         if stored.get(name) != wanted:
             raise CheckpointError(

@@ -23,6 +23,7 @@ class LaverConfig(PreTrainedConfig):
         vision_layer: int = -1,
         patch_size: int = 16,
         connector_hidden_size: int = 1024,
+        normalize_visual_tokens: bool = False,
         image_grid: list[int] | tuple[int, int] | None = (1, 1),
         image_token_id: int = 0,
         mrope_section: list[int] | tuple[int, int, int] = (0, 32, 32),
@@ -39,6 +40,7 @@ class LaverConfig(PreTrainedConfig):
         self.vision_layer = vision_layer
         self.patch_size = patch_size
         self.connector_hidden_size = connector_hidden_size
+        self.normalize_visual_tokens = normalize_visual_tokens
         self.image_grid = None if image_grid is None else list(image_grid)
         self.image_token_id = image_token_id
         self.mrope_section = list(mrope_section)

@@ -13,6 +13,7 @@ import itertools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel, Qwen2Model
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -161,7 +162,10 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features = pixel_values
         if self.vision_encoder is not None:
             features = self.vision_encoder(pixel_values, image_grids)
-        return self.connector(features.to(self.dtype))
+        tokens = self.connector(features.to(self.dtype))
+        if self.config.normalize_visual_tokens:
+            tokens = F.normalize(tokens.float(), dim=-1).to(tokens.dtype)
+        return tokens
 
     def forward(
         self,

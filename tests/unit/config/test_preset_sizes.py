@@ -30,7 +30,7 @@ from laver_mcore.megatron import cpu, parallel
 from laver_mcore.config.load import parse
 from laver_mcore.accounting.memory import holdings
 from laver_mcore.cli.dry_run import _pretend, describe_rank
-from laver_mcore.model.parameters import merge_parts
+from laver_mcore.model.parameters import Training, merge_parts
 
 cpu.install("meta")
 counts = {}
@@ -40,7 +40,7 @@ for name, tp, pp in json.loads(sys.argv[1]):
     config, _ = parse([*flags.split(), "--data-path", "none.json", "--tokenizer-model", "none"])
     vocab_size = config.model.vocab_size
     rows = [describe_rank(config, _pretend(config, tp * pp, stage * tp), vocab_size) for stage in range(pp)]
-    table = merge_parts([contribution for _, contribution in rows], ("*",))
+    table = merge_parts([contribution for _, contribution in rows], Training(trainable=("*",)))
     counts[f"{name}-{tp}-{pp}"] = [sum(total for _, total, _ in table), [number for number, _ in rows]]
     counts[f"{name}-{tp}-{pp}"].append([held.all for held in holdings(config, vocab_size)])
 parallel.shut_down()
