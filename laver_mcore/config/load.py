@@ -219,7 +219,8 @@ def _unknown_flag(arg: str, name: str, default: Config, known: set[str]) -> str:
 
 
 _OBJECTIVE = (
-    "What is learned: lm (the language model's loss alone), laver, victor, or what an installed package registers."
+    "What is learned: lm (the language model's loss alone), laver, victor, viral, or what an installed "
+    "package registers."
 )
 _DESCRIPTION = """Train a vision-language model with latent visual reconstruction (LaVer) on Megatron-Core.
 

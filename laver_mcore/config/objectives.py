@@ -15,6 +15,7 @@ BUILT_IN = {
     "lm": "laver_mcore.objectives.objective:LanguageModel",
     "laver": "laver_mcore.objectives.laver:Laver",
     "victor": "laver_mcore.objectives.victor:Victor",
+    "viral": "laver_mcore.objectives.viral:Viral",
 }
 
 

@@ -110,6 +110,10 @@ class VisionEncoder(nn.Module):
         tokens_INE = self.tower(pixel_values=pixels_I3HW.to(dtype)).last_hidden_state
         return tokens_INE if self.keeps_cls else tokens_INE[:, self.num_prefix_tokens :]
 
+    def grid_of(self, pixels_I3HW: torch.Tensor) -> tuple[int, int]:
+        """(rows, columns) of patch tokens of such images."""
+        return self._grid_of(*pixels_I3HW.shape[-2:])
+
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         # The patch convolution drops the rest: SigLIP 384 / 14 gives 27 x 27.
         return height // self.patch_size, width // self.patch_size

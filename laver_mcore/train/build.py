@@ -68,6 +68,14 @@ def build_image_processor(config: Config) -> ImageProcessor | None:
     return FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
 
 
+def build_target_processor(config: Config) -> ImageProcessor | None:
+    """How images become the pixels of the objective's frozen encoder; None where it has none."""
+    directory = config.objective.target_directory()
+    if directory is None:
+        return None
+    return FixedImageProcessor(directory, patch_size=read_patch_size(directory))
+
+
 def build_data(config: Config, tokenizer: Tokenizer, device: torch.device | None = None) -> DialogueData:
     """The recipe's data, read and validated whole; batches go to `device`."""
     data = config.data
@@ -76,6 +84,7 @@ def build_data(config: Config, tokenizer: Tokenizer, device: torch.device | None
         image_folder=data.image_folder,
         tokenizer=tokenizer,
         image_processor=build_image_processor(config),
+        target_processor=build_target_processor(config),
         seq_length=data.seq_length,
         seed=config.train.seed,
         system_prompt=data.system_prompt,

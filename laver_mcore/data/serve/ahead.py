@@ -51,11 +51,13 @@ class StepMaker:
         runner: Runner,
         exchange: Exchange,
         make_pixels: PixelMaker | None,
+        make_targets: PixelMaker | None,
         dialogues: Dialogues,
         quarantine: Quarantine,
     ) -> None:
         self.plan, self.runner, self.exchange = plan, runner, exchange
-        self._make_pixels, self._dialogues, self._quarantine = make_pixels, dialogues, quarantine
+        self._make_pixels, self._make_targets = make_pixels, make_targets
+        self._dialogues, self._quarantine = dialogues, quarantine
         self._reading: dict[int, list[Future[Texts]]] = {}
 
     def read(self, step: int, ahead: range) -> list[_Share]:
@@ -119,7 +121,8 @@ class StepMaker:
         if share.pictures is None:
             return None
         assert self._make_pixels is not None
-        return decode_here(share.pictures.result(), share.task.owners, self._make_pixels)
+        pictures, owners = share.pictures.result(), share.task.owners
+        return decode_here(pictures, owners, self._make_pixels, self._make_targets)
 
     def _judge(self, everyones: Sequence[_Found], own: _Found | None) -> None:
         """List what failed; DataError if that stops the run. Every rank hears the same, so all raise the same."""

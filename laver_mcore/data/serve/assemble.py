@@ -25,6 +25,8 @@ class Tools:
 
     dialogues: Dialogues
     make_pixels: PixelMaker | None
+    make_targets: PixelMaker | None = None
+    """Another processor's sight of the same images, for a frozen encoder that gives targets."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,6 +46,7 @@ class Pictures:
 
     images: tuple[WantedImage, ...] = ()
     pixels: np.ndarray | torch.Tensor | None = None
+    targets: np.ndarray | torch.Tensor | None = None
     failures: dict[int, str]
 
 
@@ -82,19 +85,21 @@ class ImageTask:
         return ImageTask(images=images, owners=owners, lost={**self.lost, number: why})
 
     def run(self, tools: Tools, at: Progress) -> Pictures:
-        make_pixels = tools.make_pixels
-        return self._read(at) if make_pixels is None else self._decode(make_pixels, at)
+        makers = [maker for maker in (tools.make_pixels, tools.make_targets) if maker is not None]
+        return self._decode(makers, at) if tools.make_pixels is not None else self._read(at)
 
-    def _decode(self, make_pixels: PixelMaker, at: Progress) -> Pictures:
+    def _decode(self, makers: Sequence[PixelMaker], at: Progress) -> Pictures:
         # One by one, so that a hang has a name; the empty call gives the shape where there is no image.
-        parts, failures = [make_pixels([])[0]], dict(self.lost)
+        parts, failures = [[make([])[0]] for make in makers], dict(self.lost)
         for image, owner in zip(self.images, self.owners, strict=True):
             at(owner)
-            pixels, failed = make_pixels([image])
-            parts.append(pixels)
-            for why in failed.values():
-                failures.setdefault(owner, why)
-        return Pictures(pixels=torch.cat(parts).numpy(), failures=failures)
+            for make, made in zip(makers, parts, strict=True):
+                pixels, failed = make([image])
+                made.append(pixels)
+                for why in failed.values():
+                    failures.setdefault(owner, why)
+        whole, *targets = (torch.cat(made).numpy() for made in parts)
+        return Pictures(pixels=whole, targets=targets[0] if targets else None, failures=failures)
 
     def _read(self, at: Progress) -> Pictures:
         loaded, failures = [], dict(self.lost)
@@ -119,7 +124,12 @@ def blank(dialogues: Dialogues, number: int) -> DialogueSample:
     return DialogueSample(dialogues.key(number), encoded, ())
 
 
-def decode_here(pictures: Pictures, owners: Sequence[int], make_pixels: PixelMaker) -> Pictures:
+def decode_here(
+    pictures: Pictures,
+    owners: Sequence[int],
+    make_pixels: PixelMaker,
+    make_targets: PixelMaker | None = None,
+) -> Pictures:
     """Pictures whose bytes a worker has read, decoded all at once; not when some could not even be read."""
     if pictures.pixels is not None or pictures.failures:
         return pictures
@@ -127,4 +137,5 @@ def decode_here(pictures: Pictures, owners: Sequence[int], make_pixels: PixelMak
     failures: dict[int, str] = {}
     for position, why in failed.items():
         failures.setdefault(owners[position], why)
-    return Pictures(pixels=pixels, failures=failures)
+    targets = None if make_targets is None else make_targets(pictures.images)[0]
+    return Pictures(pixels=pixels, targets=targets, failures=failures)

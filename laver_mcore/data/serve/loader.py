@@ -46,7 +46,8 @@ class DialogueData:
     `seq_length` tokens: "error", or "drop" (logged, and counted in `num_dropped`). `weights`, one a source,
     mix several sets (`order/rows.py`). `cost` makes rows and ranks even in what they cost to train on; without it
     samples are packed by length alone. `num_workers` processes read ahead; 0 reads in a thread. `image_backend` is
-    one of `image_backend.BACKENDS`. With a CUDA `device`, `iterate` yields batches that are there already.
+    one of `image_backend.BACKENDS`; a `target_processor` makes other pixels of the same images besides. With a CUDA
+    `device`, `iterate` yields batches that are there already.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class DialogueData:
         image_folder: str | Path | None = None,
         tokenizer: Tokenizer,
         image_processor: ImageProcessor | None,
+        target_processor: ImageProcessor | None = None,
         seq_length: int,
         seed: int,
         system_prompt: str = DEFAULT_SYSTEM_PROMPT,
@@ -106,17 +108,23 @@ class DialogueData:
             if cost is None
             else cost.documents(self.lengths, self.samples.visual, self.samples.visual_squares),
         )
-        self._make_pixels = None
-        if image_processor is not None:
-            self._make_pixels = make_backend(
+        self._make_pixels, self._make_targets = (
+            None
+            if processor is None
+            else make_backend(
                 image_backend,
-                image_processor,
+                processor,
                 num_threads=decode_threads,
                 image_cache_mib=image_cache_mib,
                 device=device,
             )
+            for processor in (image_processor, target_processor)
+        )
         self._task = WorkerTask(
-            dialogues=self.samples, image_processor=image_processor, decode=image_backend == "pillow"
+            dialogues=self.samples,
+            image_processor=image_processor,
+            target_processor=target_processor,
+            decode=image_backend == "pillow",
         )
         self._quarantine, self._seq_length, self._worker_timeout = quarantined, seq_length, worker_timeout
         self._copies = DeviceCopies(device) if device is not None and device.type == "cuda" else None
@@ -194,12 +202,15 @@ class DialogueData:
         return StepPlan(self.samples, self._order, layout, seq_length=self._seq_length, pixels=pixels)
 
     def _inline(self) -> Runner:
-        make_pixels = self._make_pixels if self._task.decode else None
-        return Inline(Tools(dialogues=self.samples, make_pixels=make_pixels))
+        make_pixels, make_targets = self._make_pixels, self._make_targets
+        if not self._task.decode:
+            make_pixels = make_targets = None
+        return Inline(Tools(dialogues=self.samples, make_pixels=make_pixels, make_targets=make_targets))
 
     def _maker(self, layout: StepLayout, runner: Runner, exchange: Exchange) -> StepMaker:
         plan = self._plan(layout)
-        return StepMaker(plan, runner, exchange, self._make_pixels, self.samples, self._quarantine)
+        makers = (self._make_pixels, self._make_targets)
+        return StepMaker(plan, runner, exchange, *makers, self.samples, self._quarantine)
 
     def take_wait_ms(self) -> float:
         """Mean milliseconds that a step's batches were waited for since this was asked last.

@@ -90,13 +90,14 @@ class StepPlan:
 
     def collate(self, texts: Texts, pictures: Pictures | None) -> Batch:
         """The micro-batch; `pictures` hold pixels, or there are none."""
-        pixels = None if pictures is None else pictures.pixels
+        pixels, targets = (None, None) if pictures is None else (pictures.pixels, pictures.targets)
         return collate(
             [sample.encoded for sample in texts.samples],
             [sample.key for sample in texts.samples],
             total_length=self._layout.micro_batch_size * self._seq_length,
             pad_id=self._dialogues.pad_id,
             pixels=None if pixels is None else torch.as_tensor(pixels),
+            target_pixels=None if targets is None else torch.as_tensor(targets),
         )
 
     def _rows(self, step: int) -> range:

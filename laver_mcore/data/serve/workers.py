@@ -79,6 +79,7 @@ class WorkerTask:
 
     dialogues: Dialogues
     image_processor: ImageProcessor | None
+    target_processor: ImageProcessor | None = None
     decode: bool
     image_cache_mib: int = 0
 
@@ -88,10 +89,13 @@ def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     try:
         given: WorkerTask = pickle.loads(connection.recv_bytes())
-        maker = None
-        if given.decode and given.image_processor is not None:
-            maker = make_backend("pillow", given.image_processor, image_cache_mib=given.image_cache_mib)
-        tools = Tools(dialogues=given.dialogues, make_pixels=maker)
+        makers = [
+            make_backend("pillow", processor, image_cache_mib=given.image_cache_mib)
+            if given.decode and processor is not None
+            else None
+            for processor in (given.image_processor, given.target_processor)
+        ]
+        tools = Tools(dialogues=given.dialogues, make_pixels=makers[0], make_targets=makers[1])
         connection.send_bytes(pickle.dumps(None))  # ready
         while True:
             task: Task = pickle.loads(connection.recv_bytes())

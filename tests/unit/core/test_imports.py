@@ -38,13 +38,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "objectives": (
         "config",
+        "data.order.balance",
         "data.sequence",
         "device",
         "laver_kernels",
         "megatron.parallel",
         "megatron.weight_shards",
+        "model.image_sharing",
         "model.method",
         "model.teacher",
+        "model.vision_encoders",
         "model.vision_language",
     ),
     "convert": ("config", "data.images", "data.sequence", "megatron", "model"),
@@ -171,9 +174,12 @@ def test_objectives_know_batches_the_models_output_and_the_teacher_alone():
         if within(imported[0], ("data", "model"))
     }
     assert {module for module, _ in taken} <= {
+        "model.image_sharing",
         "model.method",
         "model.teacher",
+        "model.vision_encoders",
         "model.vision_language",
+        "data.order.balance",
         "data.sequence.batch",
         "data.sequence.masking",
     }
