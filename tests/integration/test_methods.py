@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 import transformers
+from PIL import Image
 
-from integration.harness import Scenario, read_checkpoint, read_metrics, run_scenarios
+from integration.harness import Scenario, python, read_checkpoint, read_metrics, run_scenarios
 from integration.test_layouts import assert_same_tensors
 
 LAYOUTS = {
     "tp1": (1, ""),
     "recompute": (1, "--recompute-granularity full"),
-    "tp2": (2, "--tensor-model-parallel-size 2"),
     "tp2_sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "pp2_interleaved": (
@@ -29,7 +29,7 @@ METHODS = {
 }
 TERMS = {"victor": "reconstruction_loss", "viral": "alignment_loss"}
 OWN = {"victor": ("token_pool", "reconstruction_head."), "viral": ("projector.",)}
-COMMON = "--train-iters 6 --adam-eps 1e-3 --weight-decay 0.1 --save-interval 1"
+COMMON = "--train-iters 4 --adam-eps 1e-3 --weight-decay 0.1 --save-interval 1"
 FROZEN = "--train-iters 20 --weight-decay 0.1 --save-interval 1 --trainable"
 OTHERS = [name for name in LAYOUTS if name != "tp1"]
 
@@ -54,39 +54,82 @@ def write_target(folder):
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
-@pytest.fixture(scope="module")
-def runs(data_directory, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("methods")
-    write_target(data_directory / "dino")
-    scenarios = {1: [], 2: []}
-
-    def add(name, ranks, flags):
-        argv = ["--config", str(data_directory / "recipe.yaml"), *flags.format(data=data_directory).split()]
-        scenarios[ranks].append(Scenario(name=name, argv=tuple(argv)))
-
+def table(data, directory):
+    """Name -> (ranks, arguments) of every run."""
+    found = {}
     for method, flags in METHODS.items():
         for layout, (ranks, layout_flags) in LAYOUTS.items():
-            add(f"{method}-{layout}", ranks, f"{flags} {COMMON} {layout_flags}")
+            found[f"{method}-{layout}"] = ranks, f"{flags} {COMMON} {layout_flags}"
         own = " ".join(f"{name}*" for name in OWN[method])
-        add(f"{method}-frozen", 1, f"{flags} {FROZEN} {own}")
-        add(f"{method}-half", 2, f"{flags} {COMMON} {LAYOUTS['tp2_sp'][1]} --exit-interval 3")
-        resumed = f"{flags} {COMMON} {LAYOUTS['tp2_sp'][1]} --load {directory}/{method}-half"
-        add(f"{method}-resumed", 2, resumed)
-    for ranks, chosen in scenarios.items():
-        run_scenarios(ranks, directory, chosen)
+        found[f"{method}-frozen"] = 1, f"{flags} {FROZEN} {own}"
+        again = f"{flags} {COMMON} {LAYOUTS['tp2_sp'][1]}"
+        found[f"{method}-half"] = 2, f"{again} --exit-interval 2"
+        found[f"{method}-resumed"] = 2, f"{again} --load {directory}/{method}-half"
+    base = f"--config {data / 'recipe.yaml'}"
+    return {name: (ranks, f"{base} {flags.format(data=data)}") for name, (ranks, flags) in found.items()}
+
+
+def needed(items):
+    """Runs that the chosen tests read: those of their layout and those that they name."""
+    names = set()
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        read = [name for mark in item.iter_markers("needs_methods") for name in mark.args]
+        read += [given[name] for name in ("layout",) if name in given]
+        names |= {f"{given['method']}-{name}" for name in read}
+    return names
+
+
+@pytest.fixture(scope="module")
+def target(data_directory):
+    folder = data_directory / "dino"
+    if not folder.is_dir():
+        write_target(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(request, data_directory, target, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("methods")
+    mine = [item for item in request.session.items if item.path == request.path]
+    chosen, every = needed(mine), table(data_directory, directory)
+    for ranks in (1, 2):
+        scenarios = [
+            Scenario(name=name, argv=tuple(argv.split()))
+            for name, (number, argv) in every.items()
+            if name in chosen and number == ranks
+        ]
+        if scenarios:
+            run_scenarios(ranks, directory, scenarios)
     return directory
 
 
+@pytest.fixture(scope="module")
+def entering(data_directory, target, tmp_path_factory):
+    """What entered the decoder in a step of each method."""
+    directory = tmp_path_factory.mktemp("entering")
+    base = f"--config {data_directory / 'recipe.yaml'}"
+    commands = [f"{base} {flags.format(data=data_directory)}" for flags in METHODS.values()]
+    done = python("tests/integration/methods_worker.py", str(directory), *commands)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return directory
+
+
+needs = pytest.mark.needs_methods
+
+
+@needs("tp1")
 @pytest.mark.parametrize("layout", OTHERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_layout_trains_like_one_process(runs, method, layout):
     got, wanted = (read_metrics(runs / f"{method}-{name}") for name in (layout, "tp1"))
-    assert len(got) == len(wanted) == 6
+    assert len(got) == len(wanted) == 4
     for a, b in zip(got, wanted, strict=True):
         for name in ("loss", "lm_loss", TERMS[method], "grad_norm", "visual_similarity"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), name
 
 
+@needs("tp1")
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_is_the_weighted_sum_and_falls(runs, method):
     rows, weight = read_metrics(runs / f"{method}-tp1"), {"victor": 10.0, "viral": 0.5}[method]
@@ -96,7 +139,8 @@ def test_the_loss_is_the_weighted_sum_and_falls(runs, method):
     assert rows[-1][TERMS[method]] < rows[0][TERMS[method]] - 0.01
 
 
-@pytest.mark.parametrize("iteration", [1, 5])
+@needs("tp1")
+@pytest.mark.parametrize("iteration", [1, 3])
 @pytest.mark.parametrize("layout", OTHERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_parameter_gets_the_same_gradients(runs, method, layout, iteration):
@@ -115,13 +159,15 @@ def weights_of(run, iteration):
     return {key: tensor for key, tensor in found.items() if not key.startswith(("optimizer.", "rng"))}
 
 
+@needs("tp1")
 @pytest.mark.parametrize("method", METHODS)
 def test_all_parts_train(runs, method):
-    first, last = (weights_of(runs / f"{method}-tp1", iteration) for iteration in (1, 6))
+    first, last = (weights_of(runs / f"{method}-tp1", iteration) for iteration in (1, 4))
     still = [key for key in first if torch.equal(first[key], last[key])]
     assert still == []
 
 
+@needs("frozen")
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_frozen_is_bitwise_untouched(runs, method):
     first, last = (weights_of(runs / f"{method}-frozen", iteration) for iteration in (1, 20))
@@ -131,13 +177,15 @@ def test_what_is_frozen_is_bitwise_untouched(runs, method):
     assert all(key.removeprefix("optimizer.state.exp_avg.").startswith(OWN[method]) for key in moments)
 
 
-def test_rows_that_were_never_chosen_do_not_move(runs):
+@pytest.mark.parametrize("method", ["victor"])
+@needs("frozen")
+def test_rows_that_were_never_chosen_do_not_move(runs, method):
     """Neither by gradients nor by moments nor by weight decay, which reaches no row of the pool at all."""
     first, last = (
-        read_checkpoint(runs / "victor-frozen", "token_pool", iteration)["token_pool"]
+        read_checkpoint(runs / f"{method}-frozen", "token_pool", iteration)["token_pool"]
         for iteration in (1, 20)
     )
-    squares = read_checkpoint(runs / "victor-frozen", "optimizer.state.exp_avg_sq.token_pool", 20)
+    squares = read_checkpoint(runs / f"{method}-frozen", "optimizer.state.exp_avg_sq.token_pool", 20)
     (squares,) = squares.values()
     chosen = squares.view(first.shape).abs().sum(-1) > 0
     assert 0 < chosen.sum() < len(first)
@@ -145,10 +193,32 @@ def test_rows_that_were_never_chosen_do_not_move(runs):
     assert not torch.equal(first[chosen], last[chosen])
 
 
+@needs("tp2_sp", "half", "resumed")
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_is_bitwise(runs, method):
     whole, resumed = (read_metrics(runs / f"{method}-{name}") for name in ("tp2_sp", "resumed"))
-    assert [row["iteration"] for row in resumed] == [4, 5, 6]
-    for a, b in zip(resumed, whole[3:], strict=True):
+    assert [row["iteration"] for row in resumed] == [3, 4]
+    for a, b in zip(resumed, whole[2:], strict=True):
         for name in ("loss", "lm_loss", TERMS[method], "grad_norm", "learning_rate"):
             assert a[name] == b[name], name
+
+
+def test_visual_tokens_have_unit_length(entering):
+    """In ViCToR's runs alone: a row of the decoder's input is as long as the others of its image."""
+    found = json.loads((entering / "probe.json").read_text())
+    assert found["victor"] == pytest.approx([1.0] * len(found["victor"]), abs=1e-6)
+    assert max(abs(length - 1.0) for length in found["viral"]) > 0.01
+
+
+def test_targets_of_a_run_are_the_checkpoints_patch_tokens(entering, data_directory):
+    """Its own pixels, by transformers' own processor, through transformers' own model."""
+    found = torch.load(entering / "targets.pt", weights_only=True)
+    model = transformers.Dinov2Model.from_pretrained(data_directory / "dino").eval()
+    with torch.no_grad():
+        wanted = model(pixel_values=found["pixels"]).last_hidden_state[:, 1:].flatten(0, 1)
+    torch.testing.assert_close(found["targets"], wanted)
+    processor = transformers.BitImageProcessorPil if hasattr(transformers, "BitImageProcessorPil") else None
+    processor = (processor or transformers.BitImageProcessor).from_pretrained(data_directory / "dino")
+    with Image.open(data_directory / found["image"]) as picture:
+        pixels = processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(found["pixels"][:1], pixels)

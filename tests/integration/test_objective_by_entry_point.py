@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from sample_run import write_recipe, write_sample_data
 
-from integration.harness import REPOSITORY, environment, python, read_metrics, torchrun
+from integration.harness import REPOSITORY, environment, python, read_checkpoint, read_metrics, torchrun
 
-WEIGHT = 0.5
+WEIGHT = 0.25
 LAYOUTS = {
     "one_process": (1, ""),
     "tp2_sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
@@ -24,10 +25,13 @@ def runs(tmp_path_factory):
     package = directory / "installed" / "toy-1.0.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
-    (package / "entry_points.txt").write_text("[laver_mcore.objectives]\nshort = toy_objective:ShortStates\n")
+    (package / "entry_points.txt").write_text("[laver_mcore.objectives]\necho = toy_objective:Echo\n")
     page = (REPOSITORY / "docs" / "extending.md").read_text()
     (package.parent / "toy_objective.py").write_text(page.split("```python\n")[1].split("```")[0])
-    base = f"pretrain_laver.py --config {recipe} --objective short --train-iters 4 --adam-eps 1e-3 --no-tensorboard"
+    base = (
+        f"pretrain_laver.py --config {recipe} --objective echo --lambda-echo {WEIGHT} "
+        "--train-iters 4 --adam-eps 1e-3 --no-tensorboard"
+    )
     for name, (ranks, flags) in LAYOUTS.items():
         argv = [*base.split(), *flags.split(), "--save", str(directory / name)]
         run = python if ranks == 1 else lambda *a, **v: torchrun(2, *a, **v)
@@ -45,15 +49,29 @@ def test_it_is_trained_and_logged(runs):
     rows = read_metrics(runs / "one_process")
     assert len(rows) == 4
     for row in rows:
-        assert row["loss"] == pytest.approx(row["lm_loss"] + WEIGHT * row["length_loss"], rel=1e-6)
+        assert row["loss"] == pytest.approx(row["lm_loss"] + WEIGHT * row["echo_loss"], rel=1e-6)
         assert not {"mim_loss", "gram_loss", "mask_ratio", "teacher_distance"} & set(row)
-    # States are RMS-normalised with weights of 1 at the start, so that their mean square is 1.
-    assert rows[0]["length_loss"] == pytest.approx(1, rel=1e-3)
-    assert rows[-1]["length_loss"] < rows[0]["length_loss"]
+    assert rows[-1]["echo_loss"] < rows[0]["echo_loss"]
+
+
+def test_its_parameters_train_and_are_kept(runs):
+    """Under their own names, in checkpoints; and the account lists them as the model has them."""
+    weights = {name: read_checkpoint(runs / "one_process", name) for name in ("offset", "reader.")}
+    assert set(weights["offset"]) == {"offset"}
+    assert set(weights["reader."]) == {"reader.layers.0.weight", "reader.layers.0.bias"}
+    moments = read_checkpoint(runs / "one_process", "optimizer.state.exp_avg.")
+    for name in ("offset", *weights["reader."]):
+        assert any(key.endswith(name) and tensor.abs().sum() > 0 for key, tensor in moments.items()), name
+
+
+def test_its_section_and_flags_are_known(runs):
+    recipe = yaml.safe_load((runs / "one_process" / "config.yaml").read_text())
+    assert recipe["objective"] == "echo"
+    assert recipe["echo"] == {"lambda_echo": WEIGHT}
 
 
 @pytest.mark.parametrize("layout", ["tp2_sp", "pp2"])
 def test_layouts_agree(runs, layout):
     for got, wanted in zip(read_metrics(runs / layout), read_metrics(runs / "one_process"), strict=True):
-        for name in ("loss", "lm_loss", "length_loss", "grad_norm"):
+        for name in ("loss", "lm_loss", "echo_loss", "grad_norm"):
             assert got[name] == pytest.approx(wanted[name], rel=2e-5), (name, json.dumps(got))

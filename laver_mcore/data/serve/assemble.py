@@ -85,8 +85,10 @@ class ImageTask:
         return ImageTask(images=images, owners=owners, lost={**self.lost, number: why})
 
     def run(self, tools: Tools, at: Progress) -> Pictures:
-        makers = [maker for maker in (tools.make_pixels, tools.make_targets) if maker is not None]
-        return self._decode(makers, at) if tools.make_pixels is not None else self._read(at)
+        if tools.make_pixels is None:
+            return self._read(at)
+        targets = [] if tools.make_targets is None else [tools.make_targets]
+        return self._decode([tools.make_pixels, *targets], at)
 
     def _decode(self, makers: Sequence[PixelMaker], at: Progress) -> Pictures:
         # One by one, so that a hang has a name; the empty call gives the shape where there is no image.

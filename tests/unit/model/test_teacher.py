@@ -125,6 +125,20 @@ def test_two_hundred_moves_follow_an_average_in_fp64(topology, dtype, momentum, 
         assert ((mine - average.view(-1)).norm() / average.norm()).item() < 1e-6, name
 
 
+def test_an_offloaded_average_comes_back_from_the_device(topology, monkeypatch):
+    """On a GPU the average that moves is a copy, and the one in host memory has to follow it."""
+    chunk, teacher = make(topology, offload=True)
+    masters = masters_of(chunk)
+    walk(masters, torch.Generator().manual_seed(1))
+    before = {p: average.clone() for p, average in teacher.averages.items()}
+    shard = give(chunk, masters)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self.clone())
+    teacher.update(shard, 0.5)
+    for parameter, average in teacher.averages.items():
+        wanted = 0.5 * before[parameter] + 0.5 * shard(parameter, 0, parameter.numel())
+        torch.testing.assert_close(average, wanted)
+
+
 def test_covers_the_way_to_a_student_that_stands_still(topology):
     """1,000 moves at momentum 0.996 cover 98.2 % of the way; a bf16 average would have covered 1.3 %."""
     chunk, teacher = make(topology, torch.bfloat16)

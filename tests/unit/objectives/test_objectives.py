@@ -249,7 +249,7 @@ def micro_batch(documents: list[EncodedSample], padding: int) -> Batch:
     return collate(documents, ["d"] * len(documents), total_length=8 * len(documents) + padding, pad_id=0)
 
 
-def call_next_token(batch, hidden_TD, weight_VD, vocab_size, group) -> torch.Tensor:
+def call_next_token(batch, hidden_TD, weight_VD, vocab_size, group, share=(0, 1)) -> torch.Tensor:
     output = ModelOutput(
         dialogue_TD=hidden_TD, images_ND=None, target_NK=None, travelling=(), output_weight_VD=weight_VD
     )
@@ -259,6 +259,7 @@ def call_next_token(batch, hidden_TD, weight_VD, vocab_size, group) -> torch.Ten
         batch.supervised_rows_M,
         vocab_size=vocab_size,
         tp_group=group,
+        share=share,
         impl="reference",
     )
 
@@ -281,6 +282,24 @@ def test_next_token(supervised, vocab_size, padding, group):
     loss.backward()
     assert torch.equal(hidden_TD.grad.abs().sum(-1) > 0, batch.labels_T != IGNORE)
     assert len(batch.supervised_rows_M) == sum(supervised)
+
+
+def test_parts_of_the_supervised_rows_add_up(group):
+    """Context-parallel ranks take a part each: all rows are in one of them, and no row in two."""
+    torch.manual_seed(0)
+    batch = micro_batch([document(number, 50, number) for number in (3, 8, 2)], padding=0)
+    hidden_TD, weight_VD = torch.randn(24, WIDTH).requires_grad_(), torch.randn(50, WIDTH)
+    whole = call_next_token(batch, hidden_TD, weight_VD, 50, group)
+    seen = torch.zeros(24)
+    total = 0.0
+    for part in range(4):
+        hidden_TD.grad = None
+        loss = call_next_token(batch, hidden_TD, weight_VD, 50, group, share=(part, 4))
+        loss.backward()
+        total += loss.item()
+        seen += (hidden_TD.grad.abs().sum(-1) > 0).float()
+    assert total == pytest.approx(whole.item(), rel=1e-6)
+    assert torch.equal(seen, (batch.labels_T != IGNORE).float())
 
 
 def test_next_token_does_not_depend_on_the_split(group):
