@@ -14,6 +14,7 @@ Shapes: N visual tokens of a micro-batch, D width, Z width of the frozen encoder
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -38,6 +39,9 @@ Grid = tuple[int, int]
 
 _LAYER = {"dinov2": -1, "clip": -2, "siglip": -1}
 """State of the frozen encoder that is the target: DINOv2's and SigLIP's after their final norm, CLIP's as LLaVA's."""
+
+_PUBLISHED = {"dinov2": 768, "clip": 1024, "siglip": 1152}
+"""Widths of DINOv2 ViT-B/14, which the paper uses, CLIP-L and SigLIP-so400m."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,9 @@ class ViralConfig(ObjectiveConfig):
     def width(self, config: Config) -> int:
         """Z of the frozen encoder; `ConfigError` where its features do not fit into the decoder's rows."""
         assert self.target_path is not None and config.model.hidden_size is not None
-        found = int(read_config(self.target_path, self.target).get("hidden_size", 768))
+        found = _PUBLISHED[self.target]
+        if Path(self.target_path).is_dir():  # a plan does without the download
+            found = int(read_config(self.target_path, self.target).get("hidden_size", 768))
         if found > config.model.hidden_size:
             raise ConfigError(
                 f"the frozen encoder's width {found} is more than the decoder's {config.model.hidden_size}"
