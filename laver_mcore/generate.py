@@ -19,8 +19,9 @@ from laver_mcore.data.order.balance import image_shares
 from laver_mcore.data.sequence.batch import collate
 from laver_mcore.data.sequence.prompt import IGNORE, EncodedSample
 from laver_mcore.model.inputs import ModelInputs, model_inputs, round_up
+from laver_mcore.model.method import ModelOutput
 from laver_mcore.model.network import Network
-from laver_mcore.model.vision_language import ModelOutput, VisionLanguageModel
+from laver_mcore.model.vision_language import VisionLanguageModel
 from laver_mcore.train.pipeline import run_pipeline
 
 

@@ -24,6 +24,7 @@ from laver_mcore.config.objectives import known_objectives, section_of
 from laver_mcore.config.presets import fill_from_preset
 from laver_mcore.config.renamed import FLAGS, with_todays_keys
 from laver_mcore.config.schema import Config, ObjectiveConfig
+from laver_mcore.config.trainable import resolve_trainable
 
 _SECTIONS: dict[str, type] = {
     f.name: type(getattr(Config(), f.name)) for f in fields(Config) if f.name != "objective"
@@ -123,6 +124,7 @@ def resolve(config: Config) -> Config:
     if config.vision.normalize_visual_tokens is None:
         vision = replace(config.vision, normalize_visual_tokens=config.objective.normalizes)
         config = replace(config, vision=vision)
+    config = replace(config, train=replace(config.train, trainable=resolve_trainable(config)))
     check(config)
     return config
 

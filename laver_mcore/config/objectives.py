@@ -40,6 +40,8 @@ def load_objective(name: str) -> Any:
 
 def section_of(name: str) -> type[ObjectiveConfig]:
     """The settings' class of the objective called `name`, which its section of a recipe is read into."""
+    if name == ObjectiveConfig.name:
+        return ObjectiveConfig  # read without torch
     section: type[ObjectiveConfig] = load_objective(name).Settings
     if section.name != name:
         raise ConfigError(

@@ -127,7 +127,7 @@ class TrainConfig:
     seed: int = 1234
     """Seed of weights, data order and masks."""
     trainable: tuple[str, ...] = ("*",)
-    """Name patterns of the parameters that train, e.g. connector.* language_model.*; all others are frozen."""
+    """Name patterns of what trains, e.g. connector.* language_model.* objective (what it adds); all else is frozen."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Implementation of mixed attention and losses."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"

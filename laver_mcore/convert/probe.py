@@ -16,7 +16,8 @@ from laver_mcore.data.sequence.batch import Batch, collate
 from laver_mcore.data.sequence.prompt import IGNORE, EncodedSample
 from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.inputs import AttentionGeometry, ModelInputs, model_inputs, round_up
-from laver_mcore.model.vision_language import ModelOutput, VisionLanguageModel
+from laver_mcore.model.method import ModelOutput
+from laver_mcore.model.vision_language import VisionLanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)

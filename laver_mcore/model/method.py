@@ -7,6 +7,7 @@
 Rows that travel pass by the layers of later pipeline stages unchanged, gradients included.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,6 +27,24 @@ class Entering:
     """What the teacher sees in the image rows."""
     travelling: tuple[torch.Tensor, ...] = ()
     """What the last stage receives as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOutput:
+    """What the last stage hands to the objectives; hidden states are after the final norm, whole on every TP rank."""
+
+    dialogue_TD: torch.Tensor
+    images_ND: torch.Tensor | None
+    """The student's image rows; None where the objective does not reconstruct."""
+    target_NK: torch.Tensor | None
+    """What the teacher makes of them; None without a teacher, or without images."""
+    travelling: tuple[torch.Tensor, ...]
+    """Rows [N, D] that travelled: those that entered, then those of the method's taps."""
+    output_weight_VD: torch.Tensor
+
+
+Added = Mapping[str, torch.nn.Module | torch.nn.Parameter]
+"""Modules and parameters of an objective's, by the names under which the model holds them."""
 
 
 class HasWeights(Protocol):

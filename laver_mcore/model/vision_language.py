@@ -14,9 +14,8 @@ Shapes: T dialogue rows, N visual tokens, R image rows (N and padding), S = T + 
 K latent width, V vocabulary shard.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,32 +36,15 @@ from laver_mcore.model.fp8 import Fp8Pass
 from laver_mcore.model.image_sharing import gather_shares
 from laver_mcore.model.inputs import ModelInputs
 from laver_mcore.model.layer_spec import decoder_spec
-from laver_mcore.model.method import Entering, Method, Plain
+from laver_mcore.model.method import Added, Entering, Method, ModelOutput, Plain
 from laver_mcore.model.mixed_attention import PackedLayout
 from laver_mcore.model.native_encoders import NativeEncoder
 from laver_mcore.model.vision_encoders import VisionEncoder
 from laver_mcore.model.visual_path import build_visual_path
 from laver_mcore.shapes.weights import padded_vocab
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOutput:
-    """What the last stage hands to the objectives; hidden states are after the final norm, whole on every TP rank."""
-
-    dialogue_TD: torch.Tensor
-    images_ND: torch.Tensor | None
-    """The student's image rows; None where the objective does not reconstruct."""
-    target_NK: torch.Tensor | None
-    """What the teacher makes of them; None without a teacher, or without images."""
-    travelling: tuple[torch.Tensor, ...]
-    """Rows [N, D] that travelled: those that entered, then those of the method's taps."""
-    output_weight_VD: torch.Tensor
-
-
 Part = Callable[[str], AbstractContextManager[None]]
 """Context in which a named part of the pass runs: "vision" or "teacher"."""
-Added = Mapping[str, torch.nn.Module | torch.nn.Parameter]
-"""Modules and parameters of an objective's, by the names under which the model holds them."""
 
 
 def unnamed(name: str) -> AbstractContextManager[None]:

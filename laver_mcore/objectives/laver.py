@@ -11,7 +11,7 @@ Shapes: N visual tokens of a micro-batch, M masked ones, D width, K latent width
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,15 +22,16 @@ from laver_mcore.config.schema import AddedWeight, Config, ObjectiveConfig, Teac
 from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.data.sequence.masking import draw_mask
 from laver_mcore.device import send
-from laver_mcore.megatron.parallel import Topology
-from laver_mcore.model.method import Entering
-from laver_mcore.model.teacher import MasterShard, Teacher
-from laver_mcore.model.vision_language import Added, ModelOutput
+from laver_mcore.model.method import Added, Entering, ModelOutput
 from laver_mcore.objectives.gram import gram_sum, num_gram_matrices
 from laver_mcore.objectives.head import Head, head_weights
 from laver_mcore.objectives.latent import latent_sum
 from laver_mcore.objectives.objective import LanguageModel, Parts, Plan, TeacherMove
 from laver_mcore.objectives.schedules import mask_ratio, momentum
+
+if TYPE_CHECKING:
+    from laver_mcore.megatron.parallel import Topology
+    from laver_mcore.model.teacher import MasterShard, Teacher
 
 MIM, GRAM = "mim_loss", "gram_loss"
 
@@ -181,6 +182,8 @@ class Laver(LanguageModel):
 
     @classmethod
     def build(cls, config: Config, parts: Parts) -> "Laver":
+        from laver_mcore.model.teacher import Teacher
+
         spec = config.objective.teacher(config)
         assert spec is not None
         teacher = Teacher(
@@ -195,7 +198,7 @@ class Laver(LanguageModel):
         found._mask_token, found._vision_head = parts.own("mask_token"), parts.own("vision_head")
         return found
 
-    def __init__(self, config: Config, topology: Topology, teacher: Teacher) -> None:
+    def __init__(self, config: Config, topology: "Topology", teacher: "Teacher") -> None:
         assert isinstance(config.objective, LaverConfig) and config.model.hidden_size is not None
         self._recipe, self._config, self._impl = config, config.objective, config.train.kernels
         self._topology, self._moves_every = topology, config.objective.moves_every(config)
@@ -269,7 +272,7 @@ class Laver(LanguageModel):
 
     @torch.no_grad()
     def after_step(
-        self, applied: torch.Tensor, iteration: int, master_shard: MasterShard
+        self, applied: torch.Tensor, iteration: int, master_shard: "MasterShard"
     ) -> TeacherMove | None:
         assert self.teacher is not None
         if self._config.centering and self._topology.on_last_stage:

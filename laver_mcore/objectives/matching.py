@@ -11,12 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 
 
 def match(cost_RP: np.ndarray) -> np.ndarray:
     """Columns [R], no two alike, of the smallest total cost; there are at least as many columns as rows."""
     num_rows, num_columns = cost_RP.shape
+    from scipy.optimize import linear_sum_assignment  # half a second that reading a recipe does not need
+
     if not num_rows:
         return np.zeros(0, dtype=np.int64)
     columns = np.arange(num_columns)

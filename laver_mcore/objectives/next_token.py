@@ -4,7 +4,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from laver_kernels import linear_cross_entropy
-from laver_mcore.model.vision_language import ModelOutput
+from laver_mcore.model.method import ModelOutput
 
 
 def next_token_sum(

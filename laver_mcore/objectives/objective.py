@@ -16,17 +16,19 @@ under every parallel layout.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from laver_mcore.config.schema import Config, ObjectiveConfig
 from laver_mcore.data.sequence.batch import Batch
-from laver_mcore.megatron.parallel import Topology
-from laver_mcore.megatron.weight_shards import Bucket
-from laver_mcore.model.method import Method, Plain
-from laver_mcore.model.teacher import MasterShard, Teacher
-from laver_mcore.model.vision_language import Added, ModelOutput, VisionLanguageModel
+from laver_mcore.model.method import Added, Method, ModelOutput, Plain
+
+if TYPE_CHECKING:  # a recipe's settings are read, and a plan is made, without Megatron
+    from laver_mcore.megatron.parallel import Topology
+    from laver_mcore.megatron.weight_shards import Bucket
+    from laver_mcore.model.teacher import MasterShard, Teacher
+    from laver_mcore.model.vision_language import VisionLanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +54,9 @@ class TeacherMove:
 class Parts:
     """What the engine hands to an objective that is being built."""
 
-    chunks: list[VisionLanguageModel]
-    topology: Topology
-    buckets: Sequence[Bucket]
+    chunks: "list[VisionLanguageModel]"
+    topology: "Topology"
+    buckets: "Sequence[Bucket]"
     """How the trainable parameters are cut into the fp32 masters that this rank keeps."""
 
     def own(self, name: str) -> Any:
@@ -69,7 +71,7 @@ class Objective(Method, Protocol):
     """Its section of a recipe."""
     weights: Mapping[str, float]
     """Term -> its weight in the loss, in the order in which they are logged."""
-    teacher: Teacher | None
+    teacher: "Teacher | None"
     """Weights that the model computes with beside its own, if any."""
     looks_ahead: bool
     """Whether images are encoded one micro-batch ahead, so that `prepare` has the time of a pass."""
@@ -92,7 +94,7 @@ class Objective(Method, Protocol):
         """Sum of every term over one micro-batch, fp32 scalars with gradients; on the last stage."""
 
     def after_step(
-        self, applied: torch.Tensor, iteration: int, master_shard: MasterShard
+        self, applied: torch.Tensor, iteration: int, master_shard: "MasterShard"
     ) -> TeacherMove | None:
         """Follow the optimizer's step, unless it was not `applied`; the teacher's move if it is due."""
 
@@ -108,7 +110,7 @@ class LanguageModel(Plain):
 
     Settings: type[ObjectiveConfig] = ObjectiveConfig
     weights: Mapping[str, float] = {}
-    teacher: Teacher | None = None
+    teacher: "Teacher | None" = None
     looks_ahead = False
 
     @staticmethod
@@ -129,7 +131,7 @@ class LanguageModel(Plain):
         return {}
 
     def after_step(
-        self, applied: torch.Tensor, iteration: int, master_shard: MasterShard
+        self, applied: torch.Tensor, iteration: int, master_shard: "MasterShard"
     ) -> TeacherMove | None:
         return None
 

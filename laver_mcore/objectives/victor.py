@@ -12,7 +12,7 @@ Shapes: N visual tokens of a micro-batch, R replaced ones, P pool rows, D width.
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,12 +24,13 @@ from laver_mcore.config.schema import AddedWeight, Config, ObjectiveConfig
 from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.data.sequence.masking import draw_mask
 from laver_mcore.device import send
-from laver_mcore.megatron.parallel import Topology
-from laver_mcore.model.method import Entering
-from laver_mcore.model.vision_language import Added, ModelOutput
+from laver_mcore.model.method import Added, Entering, ModelOutput
 from laver_mcore.objectives.head import Head, head_weights
 from laver_mcore.objectives.matching import Matcher, distances
 from laver_mcore.objectives.objective import LanguageModel, Parts, Plan
+
+if TYPE_CHECKING:
+    from laver_mcore.megatron.parallel import Topology
 
 LOSS = "reconstruction_loss"
 
@@ -131,7 +132,7 @@ class Victor(LanguageModel):
     def build(cls, config: Config, parts: Parts) -> "Victor":
         return cls(config, parts.topology, parts.own("token_pool"), parts.own("reconstruction_head"))
 
-    def __init__(self, config: Config, topology: Topology, pool: Any, head: Any) -> None:
+    def __init__(self, config: Config, topology: "Topology", pool: Any, head: Any) -> None:
         assert isinstance(config.objective, VictorConfig)
         self._recipe, self._config, self._topology = config, config.objective, topology
         self._pool, self._head = pool, head

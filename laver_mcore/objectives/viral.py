@@ -15,7 +15,7 @@ Shapes: N visual tokens of a micro-batch, D width, Z width of the frozen encoder
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,13 +26,14 @@ from laver_mcore.config.schema import AddedWeight, Config, ObjectiveConfig
 from laver_mcore.data.order.balance import image_shares
 from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.device import send
-from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.image_sharing import gather_shares
-from laver_mcore.model.method import Entering
+from laver_mcore.model.method import Added, Entering, ModelOutput
 from laver_mcore.model.vision_encoders import build_vision_encoder, read_config
-from laver_mcore.model.vision_language import Added, ModelOutput
 from laver_mcore.objectives.head import Head, head_weights
 from laver_mcore.objectives.objective import LanguageModel, Parts, Plan
+
+if TYPE_CHECKING:
+    from laver_mcore.megatron.parallel import Topology
 
 LOSS = "alignment_loss"
 Grid = tuple[int, int]
@@ -81,11 +82,13 @@ class ViralConfig(ObjectiveConfig):
 
     def width(self, config: Config) -> int:
         """Z of the frozen encoder; `ConfigError` where its features do not fit into the decoder's rows."""
-        assert self.target_path is not None and config.model.hidden_size is not None
+        assert config.model.hidden_size is not None
         found = _PUBLISHED[self.target]
-        if Path(self.target_path).is_dir():  # a plan does without the download
+        if (
+            self.target_path is not None and Path(self.target_path).is_dir()
+        ):  # a plan does without the download
             found = int(read_config(self.target_path, self.target).get("hidden_size", 768))
-        if found > config.model.hidden_size:
+        if self.target_path is not None and found > config.model.hidden_size:
             raise ConfigError(
                 f"the frozen encoder's width {found} is more than the decoder's {config.model.hidden_size}"
             )
@@ -164,7 +167,7 @@ class Viral(LanguageModel):
             encoder.requires_grad_(requires_grad=False).eval()
         return cls(config, parts.topology, encoder, [parts.own(name) for name in settings.projectors()])
 
-    def __init__(self, config: Config, topology: Topology, encoder: Any, projectors: list[Any]) -> None:
+    def __init__(self, config: Config, topology: "Topology", encoder: Any, projectors: list[Any]) -> None:
         assert isinstance(config.objective, ViralConfig)
         self._config, self._topology = config.objective, topology
         self._encoder, self._projectors, self._width = encoder, projectors, config.objective.width(config)

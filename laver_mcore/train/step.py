@@ -18,9 +18,10 @@ from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.device import send
 from laver_mcore.megatron.optimizer import apply_gradients, master_shard, set_rates, used_learning_rate
 from laver_mcore.model.inputs import ModelInputs, model_inputs
+from laver_mcore.model.method import ModelOutput
 from laver_mcore.model.parameters import unwrap
 from laver_mcore.model.teacher import TeacherError
-from laver_mcore.model.vision_language import ModelOutput, VisionLanguageModel
+from laver_mcore.model.vision_language import VisionLanguageModel
 from laver_mcore.objectives.next_token import next_token_sum
 from laver_mcore.objectives.objective import Plan, TeacherMove
 from laver_mcore.objectives.similarity import similarity_sum

@@ -27,7 +27,7 @@ def one_step(argv: list[str], device) -> dict | None:
     import torch
     from accounting_worker import first_step
 
-    from laver_mcore.model.vision_language import ModelOutput
+    from laver_mcore.model.method import ModelOutput
     from laver_mcore.train.step import train_step
 
     engine, batches = first_step(argv, device)

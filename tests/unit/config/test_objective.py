@@ -132,3 +132,30 @@ def test_unknown_objective_names_the_nearest(recipe):
         parse(["--config", str(recipe), "--objective", "lavr"])
     with pytest.raises(ConfigError, match="is not known"):
         load_objective("")
+
+
+HEAD = ("reconstruction_head.layers.0.weight", "reconstruction_head.layers.0.bias")
+# Objective, --trainable -> the patterns that are left.
+TRAINABLE = {
+    "own": (
+        "victor",
+        "connector.* objective",
+        (
+            "connector.*",
+            "token_pool",
+            "reconstruction_head.layers.0.weight",
+            "reconstruction_head.layers.0.bias",
+        ),
+    ),
+    "none_to_add": ("lm", "connector.* objective", ("connector.*",)),
+    "another_objectives": ("lm", "connector.* mask_token vision_head.*", ("connector.*",)),
+    "ones_own_by_name": ("laver", "connector.* mask_token token_pool", ("connector.*", "mask_token")),
+    "all": ("lm", "*", ("*",)),
+    "unknown_names_are_left_to_the_model": ("lm", "conector.*", ("conector.*",)),
+}
+
+
+@pytest.mark.parametrize(("objective", "patterns", "wanted"), TRAINABLE.values(), ids=TRAINABLE)
+def test_what_trains_follows_the_objective(recipe, objective, patterns, wanted):
+    argv = ["--config", str(recipe), "--objective", objective, "--trainable", *patterns.split()]
+    assert parse(argv)[0].train.trainable == wanted

@@ -183,11 +183,7 @@ def test_objectives_know_batches_the_models_output_and_the_teacher_alone():
         "data.sequence.batch",
         "data.sequence.masking",
     }
-    assert {name for module, name in taken if module == "model.vision_language"} == {
-        "Added",
-        "ModelOutput",
-        "VisionLanguageModel",
-    }
+    assert {name for module, name in taken if module == "model.vision_language"} == {"VisionLanguageModel"}
 
 
 def test_build_is_imported_by_entry_points_alone():

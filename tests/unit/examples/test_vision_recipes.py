@@ -59,7 +59,10 @@ def test_the_objective_alone_may_be_changed(objective):
     argv = ["--config", str(EXAMPLES / "qwen2.5-7b-siglip2" / "stage2.yaml"), "--objective", objective]
     config, _ = parse([*argv, *(["--target-path", "models/dinov2-base"] if objective == "viral" else [])])
     plain, _ = parse([*argv[:2], "--objective", "lm"])
-    same = replace(config, objective=plain.objective)
+    same = replace(config, objective=plain.objective, train=plain.train)
+    added = {weight.name for weight in config.objective.parameters(config)}
+    assert config.train.trainable == (*plain.train.trainable, *config.train.trainable[2:])
+    assert set(config.train.trainable[2:]) == added
     if objective == "victor":
         same = replace(same, vision=replace(same.vision, normalize_visual_tokens=False))
     assert same == plain

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from laver_mcore.data.sequence.batch import Batch, collate
 from laver_mcore.data.sequence.prompt import IGNORE, EncodedSample
-from laver_mcore.model.vision_language import ModelOutput
+from laver_mcore.model.method import ModelOutput
 from laver_mcore.objectives.gram import gram_sum, num_gram_matrices
 from laver_mcore.objectives.latent import latent_sum
 from laver_mcore.objectives.next_token import next_token_sum

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import Config, ModelConfig, TrainConfig, VisionConfig
-from laver_mcore.model.vision_language import ModelOutput
+from laver_mcore.model.method import ModelOutput
 from laver_mcore.objectives.head import Head
 from laver_mcore.objectives.matching import distances, match
 from laver_mcore.objectives.victor import LOSS, Victor, VictorConfig

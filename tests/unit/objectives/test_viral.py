@@ -10,8 +10,8 @@ import transformers
 
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import Config, ModelConfig, VisionConfig
+from laver_mcore.model.method import ModelOutput
 from laver_mcore.model.vision_encoders import build_vision_encoder
-from laver_mcore.model.vision_language import ModelOutput
 from laver_mcore.objectives.head import Head
 from laver_mcore.objectives.viral import LOSS, Viral, ViralConfig, resample
 

@@ -1,0 +1,34 @@
+"""Name patterns of what trains, whatever the objective: `objective` stands for the parameters that it adds."""
+
+import fnmatch
+
+from laver_mcore.config.objectives import known_objectives, section_of
+from laver_mcore.config.schema import Config
+
+OWN = "objective"
+MODEL = ("*", "connector", "language_model", "vision_encoder")
+"""Beginnings of patterns that are the model's in any case."""
+
+
+def resolve_trainable(config: Config) -> tuple[str, ...]:
+    """The patterns, with the objective's own names for `objective`.
+
+    Patterns of what another objective would add are left out: a recipe keeps them when its objective is changed.
+    """
+    own = [weight.name for weight in config.objective.parameters(config)]
+    found: list[str] = []
+    for pattern in config.train.trainable:
+        if pattern == OWN:
+            found += own
+        elif pattern.startswith(MODEL) or fnmatch.filter(own, pattern) or not _is_anothers(pattern, config):
+            found.append(pattern)
+    return tuple(found) or config.train.trainable
+
+
+def _is_anothers(pattern: str, config: Config) -> bool:
+    others = (name for name in known_objectives() if name != config.objective.name)
+    return any(
+        fnmatch.fnmatchcase(weight.name, pattern)
+        for name in others
+        for weight in section_of(name)().parameters(config)
+    )
