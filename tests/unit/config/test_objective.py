@@ -137,16 +137,7 @@ def test_unknown_objective_names_the_nearest(recipe):
 HEAD = ("reconstruction_head.layers.0.weight", "reconstruction_head.layers.0.bias")
 # Objective, --trainable -> the patterns that are left.
 TRAINABLE = {
-    "own": (
-        "victor",
-        "connector.* objective",
-        (
-            "connector.*",
-            "token_pool",
-            "reconstruction_head.layers.0.weight",
-            "reconstruction_head.layers.0.bias",
-        ),
-    ),
+    "own": ("victor", "connector.* objective", ("connector.*", "token_pool", *HEAD)),
     "none_to_add": ("lm", "connector.* objective", ("connector.*",)),
     "another_objectives": ("lm", "connector.* mask_token vision_head.*", ("connector.*",)),
     "ones_own_by_name": ("laver", "connector.* mask_token token_pool", ("connector.*", "mask_token")),
