@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from laver_mcore.accounting.work import StepWork
 from laver_mcore.config.schema import Config
 from laver_mcore.shapes.towers import TowerShape, tower_shape
-from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, list_weights
+from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, frozen_tower, list_weights
 
 ATTENTION_BACKWARD = 2.0
 """Backward of attention in forwards: four products for two."""
@@ -41,6 +41,8 @@ class StepFlops:
     """FLOPs of one step over all ranks, by part. Optimizer and teacher update are a matter of bytes, not FLOPs."""
 
     vision: Flops
+    targets: Flops
+    """A frozen encoder that gives an objective its targets."""
     connector: Flops
     dialogue: Flops
     reconstruction: Flops
@@ -66,7 +68,8 @@ class StepFlops:
 
 
 PARTS = (
-    "vision", "connector", "teacher", "dialogue", "reconstruction", "lm_head", "vision_head", "gram", "padding",
+    "vision", "targets", "connector", "teacher", "dialogue", "reconstruction", "lm_head", "vision_head", "gram",
+    "padding",
 )  # fmt: skip
 
 
@@ -108,6 +111,7 @@ def step_flops(config: Config, vocab_size: int, work: StepWork) -> StepFlops:
     again, taught = config.objective.reconstructs, config.objective.teacher(config) is not None
     return StepFlops(
         vision=Flops(model=vision.model, hardware=vision.model + vision.repeated),
+        targets=_targets(config, work),
         connector=Flops(model=connector.model * visual, hardware=connector.model * visual),
         teacher=Flops(model=teacher + heads, hardware=teacher + alike * heads) if taught else Flops(),
         dialogue=_rows(decoder, work.dialogue_rows) + _pairs(attention, work.dialogue_pairs),
@@ -208,6 +212,19 @@ def _lm_head(config: Config, vocab_size: int, learning: Sequence[_Learning], row
     padded, width = weight.shape
     one = 2.0 * rows * width * (1 + weight.trains + below)
     return Flops(model=one * vocab_size, hardware=one * padded)
+
+
+def _targets(config: Config, work: StepWork) -> Flops:
+    """One forward of the objective's frozen encoder over all images, at its own resolution."""
+    encoder = config.objective.target_encoder()
+    tower = None if encoder is None else tower_shape(encoder)
+    if tower is None:
+        return Flops()
+    assert tower.fixed_tokens is not None
+    tokens = tower.fixed_tokens + tower.prefix_tokens
+    seen = StepWork(images=work.images, patches=work.images * tokens, patch_pairs=work.images * tokens**2)
+    forward = _vision(tower, [(weight, False) for weight in frozen_tower(tower)], seen).forward
+    return Flops(model=forward, hardware=forward)
 
 
 def _vision(tower: TowerShape | None, learning: Sequence[_Learning], work: StepWork) -> _PerRow:

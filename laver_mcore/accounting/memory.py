@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from laver_mcore.accounting.work import StepWork
 from laver_mcore.config.schema import Config, ParallelConfig, TrainConfig
 from laver_mcore.shapes.towers import tower_shape
-from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, list_weights
+from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, frozen_tower, list_weights
 
 GRADIENT = 4
 """Bytes of a gradient: reduced and summed in fp32."""
@@ -160,12 +160,21 @@ def rank_memory(
     activations = in_flight * layers * rows / parallel.context_parallel_size * _saved_per_row(config)
     activations += _edges(config, weights, work, rows, pp_rank, in_flight)
     learns = any(w.trains for w in weights)
+    stays = state_bytes(config, held, dp_size)
+    stays["weights"] += element * _frozen_encoder(config) if pp_rank == 0 else 0
     return RankMemory(
-        **state_bytes(config, held, dp_size),
+        **stays,
         activations=int(element * activations) if learns else 0,
         logits=_logits(config, weights, work, element) if last else 0,
         workspace=_workspace(config, work, rows, element, held, last),
     )
+
+
+def _frozen_encoder(config: Config) -> int:
+    """Parameters of the encoder that gives the objective its targets, whole on every rank of the first stage."""
+    encoder = config.objective.target_encoder()
+    tower = None if encoder is None else tower_shape(encoder)
+    return 0 if tower is None else sum(weight.size for weight in frozen_tower(tower))
 
 
 def _num_chunks(config: Config) -> int:

@@ -237,8 +237,8 @@ class ObjectiveConfig:
         """Rows that travel on to the last pipeline stage beside the decoder's, for each visual token."""
         return 0
 
-    def target_directory(self) -> str | None:
-        """Hugging Face directory of a frozen encoder whose processor makes `Batch.target_pixels`, if any."""
+    def target_encoder(self) -> VisionConfig | None:
+        """A frozen encoder on the first stage, whose own processor makes `Batch.target_pixels`, if any."""
         return None
 
     def gram_pairs(self, image_lengths: Sequence[int]) -> int:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.schema import AddedWeight, Config, ObjectiveConfig
+from laver_mcore.config.schema import AddedWeight, Config, ObjectiveConfig, VisionConfig
 from laver_mcore.data.order.balance import image_shares
 from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.device import send
@@ -111,8 +111,13 @@ class ViralConfig(ObjectiveConfig):
             found += head_weights(name, self.projector_widths(config), std=0.02, uses=uses.count(name))
         return tuple(found)
 
-    def target_directory(self) -> str | None:
-        return self.target_path
+    def target_encoder(self) -> VisionConfig:
+        return VisionConfig(
+            vision=self.target,
+            vision_path=self.target_path,
+            vision_random_init=self.target_random_init,
+            vision_layer=_LAYER[self.target],
+        )
 
     def travelling(self) -> int:
         return 1 + len(self.target_layers)  # targets, and states
@@ -155,11 +160,12 @@ class Viral(LanguageModel):
         assert isinstance(settings, ViralConfig)
         encoder = None
         if parts.topology.on_first_stage:
+            wanted = settings.target_encoder()
             encoder = build_vision_encoder(
                 settings.target,
-                path=settings.target_path,
-                random_init=settings.target_random_init,
-                layer=_LAYER[settings.target],
+                path=wanted.vision_path,
+                random_init=wanted.vision_random_init,
+                layer=wanted.vision_layer,
                 seed=config.train.seed,
                 dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
                 device=parts.topology.device,

@@ -142,7 +142,8 @@ def _stage_seconds(
     attention = _attention_seconds(config, setting, work, flops, products)
     everywhere = (decoder.hardware / matrix_rate + attention) / layout.pp
     seconds = [everywhere] * layout.pp
-    seconds[0] += (flops.vision.hardware + flops.connector.hardware) / matrix_rate
+    first = flops.vision.hardware + flops.targets.hardware + flops.connector.hardware
+    seconds[0] += first / matrix_rate
     seconds[-1] += (flops.lm_head.hardware + flops.vision_head.hardware + flops.gram.hardware) / matrix_rate
     return [s / (layout.tp * layout.cp) for s in seconds]
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from laver_mcore.config.schema import AddedWeight, Config, ModelConfig, VisionConfig
-from laver_mcore.shapes.towers import tower_shape, tower_weights
+from laver_mcore.shapes.towers import TowerShape, tower_shape, tower_weights
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 HEAD = "language_model.output_layer.weight"
 LAYERS = "language_model.decoder.layers"
+TOWER = "vision_encoder.tower."
 
 Place = Literal["first", "layer", "last"]
 
@@ -102,7 +103,7 @@ def _entries(
     connector = []
     if tower is not None:
         for name, shape, rows in tower_weights(tower):
-            yield f"vision_encoder.tower.{name}", shape, dict(rows=rows, **first)
+            yield f"{TOWER}{name}", shape, dict(rows=rows, **first)
         connector = [(inner, tower.output_width), (width, inner)]
     elif vision.vision == "encoder-free":
         connector = [(inner, 3 * vision.patch_size**2), (inner, inner), (width, inner)]
@@ -118,6 +119,15 @@ def _entries(
     if model.untie_embeddings_and_output_weights:
         yield HEAD, (vocabulary, width), dict(place="last", split=True, rows="logits")
     yield from _added(added, "last")
+
+
+def frozen_tower(tower: TowerShape) -> tuple[Weight, ...]:
+    """The weights of a tower that stands beside the model and never trains."""
+    kind: dict = dict(trains=False, place="first")
+    return tuple(
+        Weight(name=TOWER + name, shape=shape, **kind | dict(rows=rows))
+        for name, shape, rows in tower_weights(tower)
+    )
 
 
 def _added(added: tuple[AddedWeight, ...], place: Place) -> Iterator[tuple[str, tuple[int, ...], dict]]:

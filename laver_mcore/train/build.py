@@ -70,10 +70,10 @@ def build_image_processor(config: Config) -> ImageProcessor | None:
 
 def build_target_processor(config: Config) -> ImageProcessor | None:
     """How images become the pixels of the objective's frozen encoder; None where it has none."""
-    directory = config.objective.target_directory()
-    if directory is None:
+    encoder = config.objective.target_encoder()
+    if encoder is None or encoder.vision_path is None:
         return None
-    return FixedImageProcessor(directory, patch_size=read_patch_size(directory))
+    return FixedImageProcessor(encoder.vision_path, patch_size=read_patch_size(encoder.vision_path))
 
 
 def build_data(config: Config, tokenizer: Tokenizer, device: torch.device | None = None) -> DialogueData:

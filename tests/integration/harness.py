@@ -79,7 +79,8 @@ def run_scenarios(num_ranks: int, directory: Path, scenarios: Sequence[Scenario]
 def host_waits(data_directory: Path, folder: Path, flags: str) -> dict:
     """What the steps of a short run waited for (`sync_worker.py`); the teacher moves in every step."""
     recipe, output = data_directory / "recipe.yaml", folder / "found.json"
-    argv = f"--config {recipe} --train-iters 4 --ema-steps 1 --mask-ratio 0.4 {flags}".split()
+    busy = "" if "--objective" in flags else "--ema-steps 1 --mask-ratio 0.4"
+    argv = f"--config {recipe} --train-iters 4 {busy} {flags}".split()
     done = python("tests/integration/sync_worker.py", str(output), *argv)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(output.read_text())

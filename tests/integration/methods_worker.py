@@ -28,6 +28,7 @@ def main(folder: Path, commands: dict[str, str]) -> None:
             return entering
 
         engine.objective.enter = record
+        tapped, leaving = watch(engine)
         train_step(engine, batches, 0)
         lengths[method] = torch.cat([visual.norm(dim=-1) for visual, _, _ in seen]).tolist()
         if method == "viral":
@@ -36,14 +37,35 @@ def main(folder: Path, commands: dict[str, str]) -> None:
             )
             key, index = batch.image_keys[0]
             width = engine.config.objective.width(engine.config)
+            torch.save([b.visual_rows_N for b in batches], folder / "rows.pt")
             found = dict(
                 pixels=plan.pixels,
                 targets=entering.travelling[0][:, :width],
                 image=f"{key.removeprefix('sample-')}_{index}.png",
             )
             torch.save(found, folder / "targets.pt")
+            states = [torch.cat([one[k] for one in tapped]) for k in (1, 2)]
+            torch.save(dict(tapped=states, leaving=leaving), folder / "states.pt")
     (folder / "probe.json").write_text(json.dumps(lengths))
     parallel.shut_down()
+
+
+def watch(engine) -> tuple[list, dict]:
+    """What travels to the losses of every micro-batch, and what leaves every layer, [T, D] of all micro-batches."""
+    tapped, leaving, sums = [], {}, engine.objective.sums
+
+    def keep(module, _, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        leaving.setdefault(module.layer_number, []).append(hidden[:, 0].detach())
+
+    def seen(output, plan):
+        tapped.append([rows.detach() for rows in output.travelling])
+        return sums(output, plan)
+
+    for layer in engine.chunks[0].decoder.layers:
+        layer.register_forward_hook(keep)
+    engine.objective.sums = seen
+    return tapped, leaving
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ from sample_run import write_recipe, write_sample_data
 from unit.model.test_native_encoders import CONFIGS, write_directory
 
 from integration.harness import torchrun
+from integration.test_methods import write_target
 from laver_mcore.accounting.flops import step_flops
 from laver_mcore.accounting.work import WORK, StepWork
 from laver_mcore.config.load import parse
 from laver_mcore.shapes.weights import list_weights
 
 DECODER = "--trainable connector.* language_model.* mask_token vision_head.*"
+VIRAL = "--objective viral --target-path {directory}/target --projector-hidden-size 24"
 TOWER = "--overlong drop --vision KIND --vision-path {directory}/KIND --vision-random-init"
 # Name -> flags. The sample recipe is encoder-free LaVer in which everything trains.
 STEPS = {
@@ -29,13 +31,16 @@ STEPS = {
     "block_recompute": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     "selective_recompute": "--recompute-granularity selective",
     "micro_batch_2": "--micro-batch-size 2",
+    "victor": "--objective victor --pool-size 64",
+    "viral": f"{VIRAL} --target-layers 2 3",
+    "viral_own_projectors": f"{VIRAL} --target-layers 1 4 --no-shared-projector",
     **{f"{kind}_frozen": f"{TOWER} {DECODER}".replace("KIND", kind) for kind in CONFIGS},
     **{f"{kind}_trained": TOWER.replace("KIND", kind) for kind in CONFIGS},
 }  # fmt: skip
 
 
 def argv_of(directory, name):
-    gram = "" if "gram" in name else "--gram off"
+    gram = "" if "gram" in name or "--objective" in STEPS[name] else "--gram off"
     flags = f"--config {directory}/recipe.yaml {STEPS.get(name, '')} {gram} --kernels reference"
     return flags.format(directory=directory).split()
 
@@ -47,6 +52,7 @@ def directory(tmp_path_factory):
     write_recipe(directory)
     for kind in CONFIGS:
         write_directory(directory / kind, kind)
+    write_target(directory / "target")
     plan = [{"name": name, "argv": argv_of(directory, name)} for name in (*STEPS, "with_gram")]
     (directory / "plan.json").write_text(json.dumps(plan))
     done = torchrun(1, "tests/integration/accounting_worker.py", str(directory / "plan.json"))
@@ -81,6 +87,8 @@ def test_matrix_products(directory, name):
     if name == "one_matrix":  # Megatron's linear layer makes its input's gradient even if nobody asks for it
         rows, (weight,) = work.dialogue_rows + work.student_padding, trained_matrices(config, found)
         expected += 2 * rows * weight.size
+    if name.startswith("viral"):  # scores and values of the frozen encoder: 2 layers, 16 patches and CLS, width 32
+        expected -= work.images * 2 * 4 * 17**2 * 32
     assert matrix_flops(found) == pytest.approx(expected, rel=1e-9)
 
 

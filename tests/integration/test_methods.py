@@ -222,3 +222,16 @@ def test_targets_of_a_run_are_the_checkpoints_patch_tokens(entering, data_direct
     with Image.open(data_directory / found["image"]) as picture:
         pixels = processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(found["pixels"][:1], pixels)
+
+
+def test_what_travels_is_what_leaves_the_layers(entering):
+    """Each micro-batch's rows, at the places of its visual tokens; and every layer runs once a micro-batch."""
+    rows = torch.load(entering / "rows.pt", weights_only=True)
+    found = torch.load(entering / "states.pt", weights_only=True)
+    assert set(found["leaving"]) == {1, 2, 3, 4}
+    for layer, outputs in found["leaving"].items():
+        assert len(outputs) == len(rows), layer
+    for layer, states in zip((2, 3), found["tapped"], strict=True):
+        outputs = found["leaving"][layer]
+        wanted = torch.cat([out[where] for out, where in zip(outputs, rows, strict=True)])
+        assert torch.equal(states, wanted), layer

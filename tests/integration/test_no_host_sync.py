@@ -3,6 +3,7 @@
 import pytest
 
 from integration.harness import host_waits
+from integration.test_methods import write_target
 
 VARIANTS = {
     "laver": "",
@@ -11,11 +12,16 @@ VARIANTS = {
     "bf16_distributed": "--bf16 --use-distributed-optimizer --overlap-grad-reduce",
     "recompute": "--recompute-granularity full",
     "fp8_teacher": "--teacher-precision fp8",
+    "victor": "--objective victor --pool-size 64",
+    "viral": "--objective viral --target-path {target} --target-layers 2",
 }
 
 
 @pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
 def test_step_does_not_wait_for_the_device(data_directory, tmp_path, flags):
+    if "{target}" in flags:
+        write_target(tmp_path / "target")
+        flags = flags.format(target=tmp_path / "target")
     report = host_waits(data_directory, tmp_path, flags)
     assert report["num_steps"] == 2
     assert report["found"] == []

@@ -100,10 +100,15 @@ TOLERANCE = {
 def flags(settings: laver.Settings) -> str:
     """The recipe of these settings on the command line."""
     adam = settings.adam
-    return (
-        f"--train-iters {settings.total} --save-interval 1 --seed {SEED} --mask-strategy cosine --centering "
+    common = (
+        f"--train-iters {settings.total} --save-interval 1 --seed {SEED} "
         f"--lr {adam.lr} --min-lr {adam.min_lr} --lr-warmup-iters {adam.warmup} --weight-decay {adam.weight_decay} "
         f"--adam-beta1 {adam.beta1} --adam-beta2 {adam.beta2} --adam-eps {adam.epsilon} --clip-grad {adam.clip} "
+    )
+    if not settings.laver:
+        return common
+    return common + (
+        "--mask-strategy cosine --centering "
         f"--lambda-laver {settings.lambda_mim} --lambda-gram {settings.lambda_gram} "
         f"--mask-ratio {settings.mask_ratio} --momentum {settings.momentum} --ema-steps {settings.ema_steps} "
         f"--center-momentum {settings.center_momentum} --student-temperature {settings.tau_student} "
