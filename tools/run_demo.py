@@ -19,6 +19,7 @@ from pathlib import Path
 import tyro
 
 from laver_mcore.demo.report import write_report
+from laver_mcore.demo.results import digit_accuracy
 
 CHANCE = 0.1
 """Ten digits, equally frequent."""
@@ -80,18 +81,6 @@ def _evaluate(arguments: Arguments, *runs: Path) -> list[Path]:
     command = ("--checkpoint", *folders, "--data", heldout, "--max-new-tokens", "12")
     _torchrun(arguments, "tools/evaluate.py", *command)
     return [run / "answers.jsonl" for run in runs]
-
-
-def digit_accuracy(answers: Path) -> float:
-    """Share of held-out digits answered right, each at its place; questions about photographs do not count."""
-    right = total = 0
-    for line in answers.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        expected, answer = row["expected"].split(), row["answer"].split()
-        if all(word.isdigit() for word in expected):
-            total += len(expected)
-            right += sum(a == b for a, b in zip(expected, answer, strict=False))
-    return right / total
 
 
 def run_demo(arguments: Arguments) -> dict[str, float]:

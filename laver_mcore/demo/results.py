@@ -81,3 +81,15 @@ def spread(answers: list[Answer], count: int) -> list[Answer]:
     """Return at most `count` answers, evenly spaced over the file: nobody chose them."""
     count = min(count, len(answers))
     return [answers[index * len(answers) // count] for index in range(count)]
+
+
+def digit_accuracy(answers: Path) -> float:
+    """Share of held-out digits answered right, each at its place; questions about photographs do not count."""
+    right = total = 0
+    for line in answers.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        expected, answer = row["expected"].split(), row["answer"].split()
+        if all(word.isdigit() for word in expected):
+            total += len(expected)
+            right += sum(a == b for a, b in zip(expected, answer, strict=False))
+    return right / total

@@ -87,7 +87,9 @@ def test_matrix_products(directory, name):
     if name == "one_matrix":  # Megatron's linear layer makes its input's gradient even if nobody asks for it
         rows, (weight,) = work.dialogue_rows + work.student_padding, trained_matrices(config, found)
         expected += 2 * rows * weight.size
-    if name.startswith("viral"):  # scores and values of the frozen encoder: 2 layers, 16 patches and CLS, width 32
+    if name.startswith(
+        "viral"
+    ):  # scores and values of the frozen encoder: 2 layers, 16 patches and CLS, width 32
         expected -= work.images * 2 * 4 * 17**2 * 32
     assert matrix_flops(found) == pytest.approx(expected, rel=1e-9)
 

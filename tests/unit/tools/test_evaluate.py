@@ -14,8 +14,8 @@ from laver_mcore.config.schema import Config, DataConfig
 from laver_mcore.data.images.processors import PatchImageProcessor
 from laver_mcore.data.records.sample import load_records
 from laver_mcore.data.sequence.tokenizer import load_tokenizer
+from laver_mcore.demo.results import digit_accuracy
 from tools.evaluate import Arguments, answer
-from tools.run_demo import digit_accuracy
 
 SYSTEM = "You are a helpful assistant."
 ANSWERS = ["red", "left right", "two"]
