@@ -31,14 +31,19 @@ def one_step(argv: list[str], device) -> dict | None:
     from laver_mcore.train.step import train_step
 
     engine, batches = first_step(argv, device)
-    seen: list[ModelOutput] = []
-    engine.chunks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    seen: list[tuple[ModelOutput, torch.Tensor]] = []
+
+    def keep(module, _, output):
+        seen.append((output, module.vision_head(output.images_ND).detach()))  # before the step moves the head
+
+    if engine.topology.is_last_rank:
+        engine.chunks[-1].register_forward_hook(keep)
     result = train_step(engine, batches, engine.config.train.train_iters - 1)
     if not engine.topology.is_last_rank:
         return None
     return dict(
-        teacher=torch.cat([o.target_NK for o in seen if o.target_NK is not None]),
-        student=torch.cat([engine.chunks[-1].vision_head(o.images_ND).detach() for o in seen]),
+        teacher=torch.cat([o.target_NK for o, _ in seen if o.target_NK is not None]),
+        student=torch.cat([student for _, student in seen]),
         losses=result.losses,
         grad_norm=result.grad_norm,
     )

@@ -45,16 +45,23 @@ def assert_same_curves(got, wanted):
                 assert math.isclose(a[name], b[name], rel_tol=tolerance, abs_tol=NOTHING), (name, a, b)
 
 
+ROUNDING = 6e-8
+"""Of fp32. Before the first masks student and teacher see the same, and the vision head's gradient is zero where a
+processor rounds both alike; where it does not, as with rows cut in four, the Gram loss passes the difference on: up to
+3e-9 of the whole gradient was seen."""
+
+
 def assert_same_tensors(got, wanted, tolerance):
-    """Each within `tolerance` of its own length; of one that is rounding alone, within that of all of them."""
+    """Each within `tolerance` of its own length; one that is rounding alone, within the rounding of all of them."""
     assert set(got) == set(wanted)
     # The padding of the vocabulary depends on the layout.
     cut = {name: slice(None, 96) if "word_embeddings" in name else slice(None) for name in wanted}
     wanted = {name: tensor[cut[name]].double() for name, tensor in wanted.items()}
-    floor = 1e-4 * math.sqrt(sum(float(tensor.square().sum()) for tensor in wanted.values()))
+    whole = math.sqrt(sum(float(tensor.square().sum()) for tensor in wanted.values()))
     for name, reference in wanted.items():
-        error = (got[name][cut[name]].double() - reference).norm() / max(float(reference.norm()), floor)
-        assert error < tolerance, f"{name}: {error:.2e}"
+        error, own = float((got[name][cut[name]].double() - reference).norm()), float(reference.norm())
+        allowed = ROUNDING * whole if own < ROUNDING * whole else tolerance * max(own, 1e-4 * whole)
+        assert error <= allowed, f"{name}: {error:.2e} of {own:.2e}, all of them {whole:.2e}"
 
 
 @pytest.mark.parametrize("layout", OTHERS)
