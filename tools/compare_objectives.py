@@ -32,7 +32,7 @@ class Arguments:
     """Train and compare objectives."""
 
     data: Path = Path("data/demo")
-    """Folder of tools/prepare_demo.py: train.json and heldout.json."""
+    """Folder of tools/prepare_demo.py."""
     output: Path = Path("runs/compare")
     """Folder of all runs and of the report."""
     align: Path = Path("examples/demo/stage1.yaml")
@@ -105,13 +105,15 @@ def reached(folder: Path) -> int:
 
 def train_all(arguments: Arguments, arms: list[Arm]) -> None:
     """Every arm to its last step, in turns."""
-    data = ("--data-path", str(arguments.data / "train.json"), "--log-interval", "1", "--no-tensorboard")
+    tokenizer = ("--tokenizer-model", str(arguments.data / "tokenizer.model"))
+    common = (*tokenizer, "--log-interval", "1", "--no-tensorboard")
     for name in dict.fromkeys(arm.align for arm in arms):
         if not reached(arguments.output / name):
             steps = () if arguments.align_steps is None else ("--train-iters", str(arguments.align_steps))
             unit = ("--normalize-visual-tokens", "True") if name != "stage1" else ()
+            data = ("--data-path", str(arguments.data / "align.json"))
             save = ("--save", str(arguments.output / name))
-            run("pretrain_laver.py", "--config", str(arguments.align), *data[2:], *steps, *unit, *save)
+            run("pretrain_laver.py", "--config", str(arguments.align), *data, *common, *steps, *unit, *save)
     each = -(-arguments.steps // arguments.turns)
     turns = [
         (arm, min(each * (turn + 1), arguments.steps)) for turn in range(arguments.turns) for arm in arms
@@ -125,7 +127,8 @@ def train_all(arguments: Arguments, arms: list[Arm]) -> None:
         else:
             start = ("--pretrained-checkpoint", str(arguments.output / arm.align))
         length = ("--train-iters", str(arguments.steps), "--exit-interval", str(each))
-        recipe = ("--config", str(arguments.recipe), *data, *length, "--save", str(folder))
+        data = ("--data-path", str(arguments.data / "train.json"))
+        recipe = ("--config", str(arguments.recipe), *data, *common, *length, "--save", str(folder))
         most = run("pretrain_laver.py", *recipe, *arm.flags, *start)
         (folder / "memory.json").write_text(json.dumps({"peak_bytes": most}), encoding="utf-8")
 

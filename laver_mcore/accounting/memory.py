@@ -229,9 +229,8 @@ def _whole_layer_per_row(config: Config) -> float:
     attention = (queries + 2 * keys) + queries + queries
     if config.parallel.recompute_granularity != "selective":
         attention += keys
-        attention += (
-            queries if config.parallel.context_parallel_size > 1 else 0
-        )  # the output before its exchange
+        if config.parallel.context_parallel_size > 1:
+            attention += queries  # the output before its exchange
     # Both projections in one, and what fused SwiGLU makes of them.
     return norms / along + (attention + 3 * ffn) / tp
 

@@ -200,7 +200,7 @@ def _check_run(config: Config) -> None:
     _require(
         bool(train.trainable), "trainable is empty, so nothing would train; give name patterns, or * for all"
     )
-    _require(bool(config.data.data_path), "data_path is empty; give one or more JSON or JSONL files")
+    _require(bool(config.data.data_path), "data_path is empty; give one or more data sets: files or folders")
     _require(
         config.data.tokenizer_model is not None,
         "tokenizer_model is missing; give a directory or a .model file",

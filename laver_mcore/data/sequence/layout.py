@@ -1,8 +1,8 @@
 """Where every token of a packed sequence stands and what it sees: 2D positions and mixed-attention intervals.
 
 A document is a list of segments, `("text", n)` or `("image", h, w)`. `allow(i, j) = same document and
-(j <= i or i and j in the same image)` (LaVer 1.2), so each row sees one interval of columns and each column
-is seen by one interval of rows. Shapes: S = tokens of the packed sequence, padding included.
+(j <= i or i and j in the same image)` (LaVer, arXiv 2512.06281, section 3.3), so each row sees one interval of
+columns and each column is seen by one interval of rows. Shapes: S = tokens of the packed sequence, padding included.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def dialogue_layout(documents: Sequence[Sequence[Segment]]) -> SequenceLayout:
     """Lay documents side by side, without padding.
 
     With p = the document's previous maximum position + 1, text stands at (p, p, p) and patch (r, c) of an
-    image at (p, p + r, p + c); an image advances p by max(h, w) (LaVer 1.3, as Qwen2-VL does).
+    image at (p, p + r, p + c); an image advances p by max(h, w) (as Qwen2-VL does).
     """
     segments = [(index, segment) for index, document in enumerate(documents) for segment in document]
     # G = segments of all documents together.

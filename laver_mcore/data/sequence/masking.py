@@ -1,4 +1,4 @@
-"""Which visual tokens of an image are replaced by the mask token (LaVer 1.1, arXiv 2512.06281)."""
+"""Which visual tokens of an image are replaced by the mask token (LaVer, arXiv 2512.06281)."""
 
 import math
 from typing import Literal

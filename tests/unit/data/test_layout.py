@@ -1,4 +1,4 @@
-"""Positions and intervals against the definitions: LaVer 1.2 and 1.3, and transformers' Qwen2-VL."""
+"""Positions and intervals against the definitions: those of LaVer (arXiv 2512.06281), and transformers' Qwen2-VL."""
 
 import numpy as np
 import pytest
