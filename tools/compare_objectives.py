@@ -236,6 +236,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     ):  # fmt: skip
         bars = axis.barh(titles, values, color="#1f5fbf")
         axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.margins(x=0.15)
         axis.invert_yaxis()
         axis.set_title(name)
     for row in found.values():
@@ -243,6 +244,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         likeness.plot(layers, row["similarity"], marker="o", label=row["title"])
     likeness.set_title("Mean cosine between an image's tokens")
     likeness.set_xlabel("decoder layer")
+    likeness.xaxis.get_major_locator().set_params(integer=True)
     likeness.legend(fontsize=8)
     figure.savefig(path)
 
