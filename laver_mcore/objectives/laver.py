@@ -26,7 +26,7 @@ from laver_mcore.model.method import Added, Entering, ModelOutput
 from laver_mcore.objectives.gram import gram_sum, num_gram_matrices
 from laver_mcore.objectives.head import Head, head_weights
 from laver_mcore.objectives.latent import latent_sum
-from laver_mcore.objectives.objective import LanguageModel, Parts, Plan, TeacherMove
+from laver_mcore.objectives.objective import LanguageModel, Parts, Plan, TeacherMove, image_masks, joined
 from laver_mcore.objectives.schedules import mask_ratio, momentum
 
 if TYPE_CHECKING:
@@ -154,15 +154,6 @@ class LaverPlan(Plan):
     image_lengths: tuple[int, ...]
 
 
-def draw_masks(batch: Batch, config: Config, iteration: int) -> np.ndarray:
-    """Mask of the micro-batch's visual tokens, bool [N]."""
-    masks = [
-        config.objective.mask(config, h * w, key=key, image_index=index, iteration=iteration)
-        for (h, w), (key, index) in zip(batch.image_grids, batch.image_keys, strict=True)
-    ]
-    return np.concatenate([np.zeros(0, dtype=bool), *masks])
-
-
 class Laver(LanguageModel):
     """MIM and Gram loss, the teacher and its centre.
 
@@ -220,7 +211,7 @@ class Laver(LanguageModel):
         }
 
     def plan(self, batch: Batch, iteration: int) -> LaverPlan:
-        masked_N, lengths = draw_masks(batch, self._recipe, iteration), batch.image_lengths
+        masked_N, lengths = joined(image_masks(self._recipe, batch, iteration)), batch.image_lengths
         counts = {MIM: int(masked_N.sum()), GRAM: num_gram_matrices(lengths, self._config.gram_scope)}
         return LaverPlan(
             counts={term: counts[term] for term in self.weights},

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from laver_mcore.config.schema import Config, ObjectiveConfig
@@ -39,6 +40,19 @@ class Plan:
     """What each of its terms is divided by: this micro-batch's part."""
     masked: int = 0
     """Visual tokens that the model does not see, for the account of a step's work."""
+
+
+def image_masks(config: Config, batch: Batch, iteration: int) -> list[np.ndarray]:
+    """Which tokens of each image of a micro-batch the model does not see, bool, as the objective's settings say."""
+    return [
+        config.objective.mask(config, h * w, key=key, image_index=index, iteration=iteration)
+        for (h, w), (key, index) in zip(batch.image_grids, batch.image_keys, strict=True)
+    ]
+
+
+def joined(masks: Sequence[np.ndarray]) -> np.ndarray:
+    """Masks of all images as one over the micro-batch's visual tokens, bool [N]."""
+    return np.concatenate([np.zeros(0, dtype=bool), *masks])
 
 
 @dataclass(frozen=True, kw_only=True)

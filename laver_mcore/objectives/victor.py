@@ -27,7 +27,7 @@ from laver_mcore.device import send
 from laver_mcore.model.method import Added, Entering, ModelOutput
 from laver_mcore.objectives.head import Head, head_weights
 from laver_mcore.objectives.matching import Matcher, distances
-from laver_mcore.objectives.objective import LanguageModel, Parts, Plan
+from laver_mcore.objectives.objective import LanguageModel, Parts, Plan, image_masks, joined
 
 if TYPE_CHECKING:
     from laver_mcore.megatron.parallel import Topology
@@ -140,16 +140,13 @@ class Victor(LanguageModel):
         self.matcher = Matcher(self._config.match_threads)
 
     def plan(self, batch: Batch, iteration: int) -> VictorPlan:
-        masks = [
-            self._config.mask(self._recipe, h * w, key=key, image_index=index, iteration=iteration)
-            for (h, w), (key, index) in zip(batch.image_grids, batch.image_keys, strict=True)
-        ]
+        masks = image_masks(self._recipe, batch, iteration)
         per_image = tuple(int(mask.sum()) for mask in masks)
         if max(per_image, default=0) > self._config.pool_size:
             raise ConfigError(
                 f"an image has {max(per_image)} replaced tokens and pool_size is {self._config.pool_size}; raise it"
             )
-        replaced_R = np.flatnonzero(np.concatenate([np.zeros(0, dtype=bool), *masks]))
+        replaced_R = np.flatnonzero(joined(masks))
         return VictorPlan(
             counts={LOSS: sum(batch.image_lengths)},
             masked=len(replaced_R),

@@ -68,12 +68,13 @@ def test_bad_arguments(ratio, strategy, message):
 def test_a_step_draws_from_its_own_number_and_each_images_own_names():
     """Which arguments a step gives: those of the image, in the order of the batch."""
     from laver_mcore.config.schema import Config, TrainConfig
-    from laver_mcore.objectives.laver import LaverConfig, draw_masks
+    from laver_mcore.objectives.laver import LaverConfig
+    from laver_mcore.objectives.objective import image_masks, joined
 
     settings = LaverConfig(mask_draw="permutation", mask_ratio=0.3, mask_strategy="constant")
     config = Config(objective=settings, train=TrainConfig(seed=11, train_iters=7))
     batch = SimpleNamespace(image_grids=((4, 5), (3, 7), (4, 5)), image_keys=(("a", 0), ("a", 1), ("b", 0)))
-    found = draw_masks(batch, config, 6)
+    found = joined(image_masks(config, batch, 6))
     expected = [
         draw_mask(20, 0.3, seed=11, key="a", step=6, image_index=0),
         draw_mask(21, 0.3, seed=11, key="a", step=6, image_index=1),
