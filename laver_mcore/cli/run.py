@@ -11,6 +11,7 @@ import torch.distributed as dist
 import yaml
 
 from laver_kernels.backend import decide
+from laver_mcore.accounting.typical import typical_mix
 from laver_mcore.config.checks import check_world
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import to_yaml
@@ -179,6 +180,7 @@ def _announce(engine: Engine, kernels: str, num_samples: int, report: Any) -> No
         f"TP {topology.tp_size} x PP {topology.pp_size} x CP {topology.cp_size} x DP {topology.dp_size} on "
         f"{topology.device.type}, kernels: {kernels}, objective {config.objective.name}",
         format_trainable(report.trainable),
+        *config.objective.remarks(config, typical_mix(config).image_tokens),
     ]
     if report.fresh:
         lines.append(

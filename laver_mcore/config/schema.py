@@ -253,6 +253,10 @@ class ObjectiveConfig:
         """Which tokens of one image the model does not see at `iteration` (from 0), bool; None where it sees all."""
         return None
 
+    def remarks(self, config: "Config", image_tokens: int) -> tuple[str, ...]:
+        """Lines for the start of a run whose images have about so many visual tokens."""
+        return ()
+
     def saved_per_visual_token(self, config: "Config") -> int:
         """Numbers that the last stage saves for the backward of its losses, for each visual token."""
         return 0

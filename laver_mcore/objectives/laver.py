@@ -9,6 +9,7 @@ loss keeps them from growing more alike than the teacher's:
 Shapes: N visual tokens of a micro-batch, M masked ones, D width, K latent width.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -27,7 +28,7 @@ from laver_mcore.objectives.gram import gram_sum, num_gram_matrices
 from laver_mcore.objectives.head import Head, head_weights
 from laver_mcore.objectives.latent import latent_sum
 from laver_mcore.objectives.objective import LanguageModel, Parts, Plan, TeacherMove, image_masks, joined
-from laver_mcore.objectives.schedules import mask_ratio, momentum
+from laver_mcore.objectives.schedules import mask_ratio, masked_over_run, momentum
 
 if TYPE_CHECKING:
     from laver_mcore.megatron.parallel import Topology
@@ -93,8 +94,7 @@ class LaverConfig(ObjectiveConfig):
             raise ConfigError(f"ema_steps={self.ema_steps} must be at least 1")
 
     def parameters(self, config: Config) -> tuple[AddedWeight, ...]:
-        assert config.model.hidden_size is not None
-        width = config.model.hidden_size
+        width = config.model.hidden_size or 0
         head = head_weights("vision_head", self.head_widths(width), last_bias=False)
         return (AddedWeight(name="mask_token", shape=(width,), place="first"), *head)
 
@@ -138,6 +138,16 @@ class LaverConfig(ObjectiveConfig):
             step=iteration,
             image_index=image_index,
         )
+
+    def remarks(self, config: Config, image_tokens: int) -> tuple[str, ...]:
+        total, ratio = config.train.train_iters, self.mask_ratio
+        ratios = (mask_ratio(ratio, self.mask_strategy, iteration, total) for iteration in range(total))
+        mean, first = masked_over_run([math.floor(r * image_tokens) for r in ratios])
+        if first is None and self.mask_draw == "permutation":
+            lost = f"for floor({ratio:g} x {image_tokens}) is 0 at every iteration; raise mask_ratio"
+            return (f"warning: no visual token is ever masked, {lost}",)
+        start = "" if first is None else f", the first at iteration {first + 1:,} of {total:,}"
+        return (f"masked: {mean:.2f} of an image's {image_tokens} tokens, on average over the run{start}",)
 
     def saved_per_visual_token(self, config: Config) -> int:
         # The vision head, the teacher's targets, the gradient that the masked loss makes in its forward.

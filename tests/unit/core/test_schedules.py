@@ -146,3 +146,28 @@ def test_settings_are_the_schedules():
         assert settings["momentum"] == pytest.approx(1 - 0.05 * (1 + cos(pi * iteration / 40)))
         mask = config.objective.mask(config, 1000, key="a", image_index=0, iteration=iteration)
         assert mask.sum() == floor(1000 * settings["mask_ratio"])
+
+
+RUN = "tokens, on average over the run, the first at iteration "
+NEVER = "warning: no visual token is ever masked"
+# Tokens of an image, ratio, strategy, iterations -> what is said at the start. The first is LaVer's own recipe:
+# floor(0.05 x 729) = 36 tokens at the end, 17.75 over the run, none before t = 663, which is the 664th.
+REMARKS = {
+    "paper": (729, 0.05, "cosine", 6250, f"masked: 17.75 of an image's 729 {RUN}664 of 6,250"),
+    "constant": (100, 0.1, "constant", 80, f"masked: 8.75 of an image's 100 {RUN}11 of 80"),
+    "never": (
+        16,
+        0.05,
+        "cosine",
+        100,
+        f"{NEVER}, for floor(0.05 x 16) is 0 at every iteration; raise mask_ratio",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tokens", "ratio", "strategy", "total", "wanted"), REMARKS.values(), ids=REMARKS)
+def test_a_run_says_how_much_it_will_mask(tokens, ratio, strategy, total, wanted):
+    settings = LaverConfig(mask_ratio=ratio, mask_strategy=strategy)
+    config = Config(objective=settings, train=TrainConfig(train_iters=total))
+    assert settings.remarks(config, tokens) == (wanted,)
+    assert Config().objective.remarks(config, tokens) == ()
