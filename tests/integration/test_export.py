@@ -36,6 +36,7 @@ CASES = {
     "qwen2-vl": "--vision qwen2-vl --vision-path {directory}/qwen2-vl --vision-random-init",
     "qwen2.5-vl": "--vision qwen2.5-vl --vision-path {directory}/qwen2.5-vl --vision-random-init",
     "released": "--no-mixed-attention --no-rope-2d",
+    "victor": "--objective victor --pool-size 64 --no-mixed-attention --no-rope-2d",
 }
 QUESTIONS = (
     ("<image>\nred green", 1),
