@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from laver_mcore.accounting.work import StepWork
 from laver_mcore.config.schema import Config
 from laver_mcore.shapes.towers import TowerShape, tower_shape
-from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, frozen_tower, list_weights
+from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, frozen_tower, list_weights, target_tower
 
 ATTENTION_BACKWARD = 2.0
 """Backward of attention in forwards: four products for two."""
@@ -216,8 +216,7 @@ def _lm_head(config: Config, vocab_size: int, learning: Sequence[_Learning], row
 
 def _targets(config: Config, work: StepWork) -> Flops:
     """One forward of the objective's frozen encoder over all images, at its own resolution."""
-    encoder = config.objective.target_encoder()
-    tower = None if encoder is None else tower_shape(encoder)
+    tower = target_tower(config)
     if tower is None:
         return Flops()
     assert tower.fixed_tokens is not None

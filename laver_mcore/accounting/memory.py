@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from laver_mcore.accounting.work import StepWork
 from laver_mcore.config.schema import Config, ParallelConfig, TrainConfig
 from laver_mcore.shapes.towers import tower_shape
-from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, frozen_tower, list_weights
+from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, frozen_tower, list_weights, target_tower
 
 GRADIENT = 4
 """Bytes of a gradient: reduced and summed in fp32."""
@@ -172,8 +172,7 @@ def rank_memory(
 
 def _frozen_encoder(config: Config) -> int:
     """Parameters of the encoder that gives the objective its targets, whole on every rank of the first stage."""
-    encoder = config.objective.target_encoder()
-    tower = None if encoder is None else tower_shape(encoder)
+    tower = target_tower(config)
     return 0 if tower is None else sum(weight.size for weight in frozen_tower(tower))
 
 

@@ -100,10 +100,6 @@ def _check_context_parallel(config: Config) -> None:
 def _check_vision(config: Config) -> None:
     vision = config.vision
     _require(
-        not config.objective.reconstructs or vision.vision != "none",
-        f"objective={config.objective.name} needs a visual path; set vision, or objective=lm",
-    )
-    _require(
         not config.objective.normalizes or bool(vision.normalize_visual_tokens),
         f"objective={config.objective.name} needs visual tokens of unit length; leave out normalize_visual_tokens",
     )

@@ -91,15 +91,12 @@ def _build_section(section: str, kind: type, values: dict[str, Any]) -> Any:
         ) from None
 
 
-def from_recipe(path: str | Path, objective: str | None = None) -> Config:
-    """The configuration a recipe alone describes, types checked, presets not yet filled in.
-
-    `objective` takes the place of the recipe's own.
-    """
-    return _from_sections(read_recipe(path), objective)
+def from_recipe(path: str | Path) -> Config:
+    """The configuration a recipe alone describes, types checked, presets not yet filled in."""
+    return _from_sections(read_recipe(path))
 
 
-def _from_sections(recipe: dict[str, Any], objective: str | None) -> Config:
+def _from_sections(recipe: dict[str, Any], objective: str | None = None) -> Config:
     name = str(objective or recipe.get("objective", ObjectiveConfig.name))
     for section, values in recipe.items():  # those of other objectives are checked as well
         if section != "objective" and section not in _SECTIONS:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from laver_mcore.config.architecture import AttentionConfig as AttentionConfig
 from laver_mcore.config.architecture import ModelConfig as ModelConfig
 from laver_mcore.config.architecture import VisionConfig as VisionConfig
+from laver_mcore.config.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +218,8 @@ class ObjectiveConfig:
     """By which `--objective` finds it; its section is called the same."""
     reconstructs: ClassVar[bool] = False
     """Whether the images of a micro-batch go through the decoder once more, by themselves."""
+    needs_images: ClassVar[bool] = False
+    """Whether it has nothing to learn from without a visual path; what reconstructs needs one in any case."""
     normalizes: ClassVar[bool] = False
     """Whether it wants visual tokens of unit length, in its own stage and in all others."""
     may_change: ClassVar[frozenset[str]] = frozenset()
@@ -224,6 +227,8 @@ class ObjectiveConfig:
 
     def check(self, config: "Config") -> None:
         """Raise `ConfigError` for settings that cannot run in this recipe."""
+        if (self.needs_images or self.reconstructs) and config.vision.vision == "none":
+            raise ConfigError(f"objective={self.name} needs a visual path; set vision, or objective=lm")
 
     def parameters(self, config: "Config") -> tuple[AddedWeight, ...]:
         """Parameters that it adds to the model."""

@@ -83,6 +83,7 @@ class LaverConfig(ObjectiveConfig):
     """Inner width of the 3-layer vision head."""
 
     def check(self, config: Config) -> None:
+        super().check(config)
         for name in ("mask_ratio", "momentum", "ema_ratio", "center_momentum"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
@@ -117,9 +118,8 @@ class LaverConfig(ObjectiveConfig):
     def gram_pairs(self, image_lengths: Sequence[int]) -> int:
         if self.gram == "off":
             return 0
-        return (
-            sum(image_lengths) ** 2 if self.gram_scope == "micro_batch" else sum(n * n for n in image_lengths)
-        )
+        lengths = (sum(image_lengths),) if self.gram_scope == "micro_batch" else image_lengths
+        return sum(n * n for n in lengths)
 
     def masked_share(self) -> float:
         return self.mask_ratio

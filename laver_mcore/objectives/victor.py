@@ -40,6 +40,7 @@ class VictorConfig(ObjectiveConfig):
     """Visual token reconstruction (arXiv 2410.14332), `objective: victor`."""
 
     name: ClassVar[str] = "victor"
+    needs_images: ClassVar[bool] = True
     normalizes: ClassVar[bool] = True
     may_change: ClassVar[frozenset[str]] = frozenset({"match_threads"})
 
@@ -57,6 +58,7 @@ class VictorConfig(ObjectiveConfig):
     """Host threads that match tokens with pool rows."""
 
     def check(self, config: Config) -> None:
+        super().check(config)
         if not 0.0 <= self.replaced_share <= 1.0:
             raise ConfigError(f"replaced_share={self.replaced_share} is not between 0 and 1")
         for name in ("pool_size", "match_threads"):
@@ -64,8 +66,6 @@ class VictorConfig(ObjectiveConfig):
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.smooth_l1_beta > 0.0:
             raise ConfigError(f"smooth_l1_beta={self.smooth_l1_beta} must be positive")
-        if config.vision.vision == "none":
-            raise ConfigError("objective=victor needs a visual path; set vision, or objective=lm")
 
     def parameters(self, config: Config) -> tuple[AddedWeight, ...]:
         assert config.model.hidden_size is not None

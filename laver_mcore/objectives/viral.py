@@ -12,6 +12,7 @@ the decoder's own. Encoder and pixels are its own: its own size, its own normali
 Shapes: N visual tokens of a micro-batch, D width, Z width of the frozen encoder.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +46,20 @@ _PUBLISHED = {"dinov2": 768, "clip": 1024, "siglip": 1152}
 """Widths of DINOv2 ViT-B/14, which the paper uses, CLIP-L and SigLIP-so400m."""
 
 
+@functools.cache  # asked for whenever work is counted
+def _width(path: str | None, kind: str) -> int:
+    """Width of a frozen encoder; as published where there is no such directory, for a plan without the download."""
+    if path is None or not Path(path).is_dir():
+        return _PUBLISHED[kind]
+    return int(read_config(path, kind).get("hidden_size", 768))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViralConfig(ObjectiveConfig):
     """Visual representation alignment (arXiv 2509.07979), `objective: viral`."""
 
     name: ClassVar[str] = "viral"
+    needs_images: ClassVar[bool] = True
 
     target: Literal["dinov2", "clip", "siglip"] = "dinov2"
     """Kind of the frozen encoder."""
@@ -67,13 +77,12 @@ class ViralConfig(ObjectiveConfig):
     """One projector for all layers, as the released code has by default; off gives each layer its own."""
 
     def check(self, config: Config) -> None:
+        super().check(config)
         layers = config.model.num_layers or 0
         if self.target_path is None:
             raise ConfigError(
                 "objective=viral needs target_path, a Hugging Face directory of the frozen encoder"
             )
-        if config.vision.vision == "none":
-            raise ConfigError("objective=viral needs a visual path; set vision, or objective=lm")
         if not self.target_layers or sorted(set(self.target_layers)) != list(self.target_layers):
             raise ConfigError(f"target_layers={self.target_layers} must be rising numbers, at least one")
         if self.target_layers[0] < 1 or self.target_layers[-1] > layers:
@@ -83,11 +92,7 @@ class ViralConfig(ObjectiveConfig):
     def width(self, config: Config) -> int:
         """Z of the frozen encoder; `ConfigError` where its features do not fit into the decoder's rows."""
         assert config.model.hidden_size is not None
-        found = _PUBLISHED[self.target]
-        if (
-            self.target_path is not None and Path(self.target_path).is_dir()
-        ):  # a plan does without the download
-            found = int(read_config(self.target_path, self.target).get("hidden_size", 768))
+        found = _width(self.target_path, self.target)
         if self.target_path is not None and found > config.model.hidden_size:
             raise ConfigError(
                 f"the frozen encoder's width {found} is more than the decoder's {config.model.hidden_size}"

@@ -121,6 +121,12 @@ def _entries(
     yield from _added(added, "last")
 
 
+def target_tower(config: Config) -> TowerShape | None:
+    """The frozen encoder that gives the recipe's objective its targets, if it has one."""
+    encoder = config.objective.target_encoder()
+    return None if encoder is None else tower_shape(encoder)
+
+
 def frozen_tower(tower: TowerShape) -> tuple[Weight, ...]:
     """The weights of a tower that stands beside the model and never trains."""
     kind: dict = dict(trains=False, place="first")

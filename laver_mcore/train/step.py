@@ -104,14 +104,14 @@ def _micro_batch_sums(item: _MicroBatch, output: ModelOutput, engine: Engine) ->
     return {LM_LOSS: lm, **{term: total / topology.cp_size for term, total in others.items()}}
 
 
-class Ahead:
+class _Ahead:
     """Encodes the images of the next micro-batch before a pass begins, where the objective wants to look ahead.
 
     What `prepare` then does on the host has the time of a pass; only a step's first micro-batch waits for all of it.
     """
 
-    def __init__(self, items: Sequence[_MicroBatch], engine: Engine) -> None:
-        self._items, self._objective = items, engine.objective
+    def __init__(self, items: Sequence[_MicroBatch], engine: Engine, timers: Timers) -> None:
+        self._items, self._objective, self._timers = items, engine.objective, timers
         self._visual: dict[int, torch.Tensor | None] = {}
 
     def visual_tokens(self, item: _MicroBatch, model: Any) -> torch.Tensor | None:
@@ -125,7 +125,8 @@ class Ahead:
         return self._visual.pop(place)
 
     def _encode(self, item: _MicroBatch, model: VisionLanguageModel) -> torch.Tensor | None:
-        visual_ND = model.visual_tokens(item.inputs)
+        with self._timers.part("vision"):
+            visual_ND = model.visual_tokens(item.inputs)
         if visual_ND is not None:
             self._objective.prepare(visual_ND, item.plan)
         return visual_ND
@@ -172,7 +173,7 @@ def train_step(
     divisors = dict(zip(names, counts.terms.clamp(min=1).float(), strict=True))
     groups = travelling_rows(batches, engine)
     items = _micro_batches(batches, plans, rows, groups, engine)
-    ahead = Ahead(items, engine)
+    ahead = _Ahead(items, engine, timers)
 
     def losses_of(item: _MicroBatch, output: ModelOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         sums = _micro_batch_sums(item, output, engine)
