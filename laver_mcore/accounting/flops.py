@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from laver_mcore.accounting.work import StepWork
 from laver_mcore.config.schema import Config
+from laver_mcore.shapes.frozen import window_pairs
 from laver_mcore.shapes.towers import TowerShape, tower_shape
 from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, frozen_tower, list_weights, target_tower
 
@@ -221,7 +222,12 @@ def _targets(config: Config, work: StepWork) -> Flops:
         return Flops()
     assert tower.fixed_tokens is not None
     tokens = tower.fixed_tokens + tower.prefix_tokens
-    seen = StepWork(images=work.images, patches=work.images * tokens, patch_pairs=work.images * tokens**2)
+    seen = StepWork(
+        images=work.images,
+        patches=work.images * tokens,
+        patch_pairs=work.images * tokens**2,
+        window_pairs=work.images * window_pairs(tower),
+    )
     forward = _vision(tower, [(weight, False) for weight in frozen_tower(tower)], seen).forward
     return Flops(model=forward, hardware=forward)
 

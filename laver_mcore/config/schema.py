@@ -13,6 +13,7 @@ from laver_mcore.config.architecture import AttentionConfig as AttentionConfig
 from laver_mcore.config.architecture import ModelConfig as ModelConfig
 from laver_mcore.config.architecture import VisionConfig as VisionConfig
 from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.targets import TargetEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +194,8 @@ class AddedWeight:
     """How often each visual token of a pass is multiplied with it; 0 for what is no matrix."""
     decays: bool = True
     """Whether weight decay reaches it; biases and other vectors have none in any case."""
+    lazy: bool = False
+    """Whether elements without gradient in a step stay where they are, whatever their moments (`megatron/lazy.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +245,8 @@ class ObjectiveConfig:
         """Rows that travel on to the last pipeline stage beside the decoder's, for each visual token."""
         return 0
 
-    def target_encoder(self) -> VisionConfig | None:
-        """A frozen encoder on the first stage, whose own processor makes `Batch.target_pixels`, if any."""
+    def target_encoder(self) -> TargetEncoder | None:
+        """A frozen encoder that gives targets, or a cache of them: what `Batch.targets` is made with, if any."""
         return None
 
     def gram_pairs(self, image_lengths: Sequence[int]) -> int:

@@ -17,6 +17,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
 from laver_mcore.config.schema import Config
+from laver_mcore.megatron.lazy import keep_still
 from laver_mcore.megatron.weight_shards import Bucket
 
 
@@ -39,6 +40,8 @@ def build_optimizer(config: Config, models: list[DistributedDataParallel]) -> Me
     )
     optimizer = get_megatron_optimizer(mcore, models, _overrides(mcore, models))
     _use_fused_adam(optimizer)
+    for part in _working_parts(optimizer):
+        keep_still(part.optimizer, _lazy_masters(part))
     return optimizer
 
 
@@ -55,6 +58,27 @@ def _overrides(mcore: McoreOptimizerConfig, models: Sequence[torch.nn.Module]) -
 
 def _has(parameter: torch.nn.Parameter, mark: str, factor: float) -> bool:
     return getattr(parameter, mark, None) == factor
+
+
+_MASTERS = (
+    ("model_fp32_groups", "shard_fp32_groups"),
+    ("model_float16_groups", "shard_fp32_from_float16_groups"),
+    ("float16_groups", "fp32_from_float16_groups"),
+    ("fp32_from_fp32_groups", "fp32_from_fp32_groups"),
+)
+"""Megatron's lists of parameters and of what its Adam updates in their places: distributed and mixed precision."""
+
+
+def _lazy_masters(part: Any) -> list[torch.nn.Parameter]:
+    """What Adam updates of the parameters that are marked `lazy`, here: whole, or this rank's shard.
+
+    Not by a group of their own, as rates have: Megatron tells saved groups apart by their rates alone.
+    """
+    pairs = [(p, p) for group in part.param_groups for p in group["params"]]  # fp32 without shards
+    for models, masters in _MASTERS:
+        for ours, theirs in zip(getattr(part, models, ()), getattr(part, masters, ()), strict=True):
+            pairs += zip(ours, theirs, strict=True)
+    return list(dict.fromkeys(master for model, master in pairs if getattr(model, "lazy", False)))
 
 
 def set_rates(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: float) -> None:

@@ -70,6 +70,8 @@ class Training:
     """(pattern, factor of the learning rate); the last that matches wins."""
     undecayed: frozenset[str] = frozenset()
     """Names that weight decay does not reach."""
+    lazy: frozenset[str] = frozenset()
+    """Names of which elements without gradient stay where they are."""
 
     def rate(self, name: str) -> float:
         """The factor of one parameter's learning rate."""
@@ -89,8 +91,13 @@ def training_of(config: Config) -> Training:
             raise ConfigError(
                 f"lr_mult {item!r} is no PATTERN=FACTOR with a factor above 0, such as connector.*=10"
             )
-    undecayed = {weight.name for weight in config.objective.parameters(config) if not weight.decays}
-    return Training(trainable=config.train.trainable, rates=tuple(rates), undecayed=frozenset(undecayed))
+    added = config.objective.parameters(config)
+    return Training(
+        trainable=config.train.trainable,
+        rates=tuple(rates),
+        undecayed=frozenset(weight.name for weight in added if not weight.decays),
+        lazy=frozenset(weight.name for weight in added if weight.lazy),
+    )
 
 
 def freeze_local(
@@ -111,6 +118,8 @@ def freeze_local(
             item.parameter.lr_mult = factor  # type: ignore[attr-defined]
         if item.name in training.undecayed:
             item.parameter.wd_mult = 0.0  # type: ignore[attr-defined]
+        if item.name in training.lazy:
+            item.parameter.lazy = True  # type: ignore[attr-defined]
         if item.owned and topology.tp_rank == 0:
             number = item.parameter.numel() * (topology.tp_size if item.sharded else 1)
             label = _part(item.name) + (f" (lr x {factor:g})" if factor != 1.0 else "")

@@ -50,6 +50,8 @@ class VictorConfig(ObjectiveConfig):
     """Rows of the learnable pool; no image may have more replaced tokens."""
     normalize_pool: bool = False
     """Give pool rows unit length where they are matched and used, as tokens have; off is the released code."""
+    lazy_pool: bool = True
+    """Leave pool rows that a step chose for no token where they are; off lets Adam's moments move them on."""
     lambda_victor: float = 10.0
     """Weight of the reconstruction loss."""
     smooth_l1_beta: float = 0.01
@@ -71,7 +73,12 @@ class VictorConfig(ObjectiveConfig):
         assert config.model.hidden_size is not None
         width = config.model.hidden_size
         pool = AddedWeight(
-            name="token_pool", shape=(self.pool_size, width), place="first", std=1.0, decays=False
+            name="token_pool",
+            shape=(self.pool_size, width),
+            place="first",
+            std=1.0,
+            decays=False,
+            lazy=self.lazy_pool,
         )
         return (pool, *head_weights("reconstruction_head", (width, width), std=0.02))
 

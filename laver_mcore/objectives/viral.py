@@ -7,29 +7,33 @@ foundation model sees in the same image:
 
 The frozen encoder works on the first pipeline stage, where the pixels are, on this rank's share of the images; its
 features travel to the last stage, and so do the states, where the projector and the loss are: the rows are few beside
-the decoder's own. Encoder and pixels are its own: its own size, its own normalisation.
+the decoder's own. It sees what the tower sees of an image, in its own size and normalisation; or its features were kept
+by tools/prepare_targets.py and are read with the images.
 
 Shapes: N visual tokens of a micro-batch, D width, Z width of the frozen encoder.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.schema import AddedWeight, Config, ObjectiveConfig, VisionConfig
+from laver_mcore.config.schema import AddedWeight, Config, ObjectiveConfig, TrainConfig
+from laver_mcore.config.targets import TargetEncoder, TargetKind
+from laver_mcore.data.errors import DataError
+from laver_mcore.data.images.target_cache import TargetCache
 from laver_mcore.data.order.balance import image_shares
 from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.device import send
+from laver_mcore.model.frozen_encoders import build_frozen_encoder, target_width
 from laver_mcore.model.image_sharing import gather_shares
 from laver_mcore.model.method import Added, Entering, ModelOutput
-from laver_mcore.model.vision_encoders import build_vision_encoder, read_config
 from laver_mcore.objectives.head import Head, head_weights
 from laver_mcore.objectives.objective import LanguageModel, Parts, Plan
 
@@ -39,19 +43,15 @@ if TYPE_CHECKING:
 LOSS = "alignment_loss"
 Grid = tuple[int, int]
 
-_LAYER = {"dinov2": -1, "clip": -2, "siglip": -1}
-"""State of the frozen encoder that is the target: DINOv2's and SigLIP's after their final norm, CLIP's as LLaVA's."""
-
-_PUBLISHED = {"dinov2": 768, "clip": 1024, "siglip": 1152}
-"""Widths of DINOv2 ViT-B/14, which the paper uses, CLIP-L and SigLIP-so400m."""
-
 
 @functools.cache  # asked for whenever work is counted
-def _width(path: str | None, kind: str) -> int:
-    """Width of a frozen encoder; as published where there is no such directory, for a plan without the download."""
-    if path is None or not Path(path).is_dir():
-        return _PUBLISHED[kind]
-    return int(read_config(path, kind).get("hidden_size", 768))
+def _width(target: TargetEncoder) -> int:
+    if target.cache is None:
+        return target_width(target)
+    try:
+        return TargetCache(target.cache).width
+    except DataError as error:
+        raise ConfigError(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +61,20 @@ class ViralConfig(ObjectiveConfig):
     name: ClassVar[str] = "viral"
     needs_images: ClassVar[bool] = True
 
-    target: Literal["dinov2", "clip", "siglip"] = "dinov2"
+    target: TargetKind = "dinov2"
     """Kind of the frozen encoder."""
     target_path: str | None = None
     """Hugging Face directory of the frozen encoder: config, weights and preprocessor_config.json."""
+    target_cache: str | None = None
+    """Directory of its features, made by tools/prepare_targets.py: the encoder itself is then not needed."""
+    target_image_size: int | None = None
+    """Side in pixels of its input; its processor's own by default."""
     target_random_init: bool = False
     """Random weights for it: a control that says what of a gain is content."""
+    target_remote_code: bool = False
+    """Run the Python files in its directory, which RADIO needs; read them first."""
+    target_width: int | None = None
+    """Numbers of a feature, for target=radio, whose config does not say."""
     target_layers: tuple[int, ...] = (16,)
     """Decoder layers, counted from 1, whose outputs are aligned."""
     lambda_viral: float = 0.5
@@ -79,10 +87,12 @@ class ViralConfig(ObjectiveConfig):
     def check(self, config: Config) -> None:
         super().check(config)
         layers = config.model.num_layers or 0
-        if self.target_path is None:
+        if self.target_path is None and self.target_cache is None:
             raise ConfigError(
-                "objective=viral needs target_path, a Hugging Face directory of the frozen encoder"
+                "objective=viral needs target_path, a Hugging Face directory of the frozen encoder, or target_cache"
             )
+        if self.target_image_size is not None and self.target_image_size < 1:
+            raise ConfigError(f"target_image_size={self.target_image_size} must be positive")
         if not self.target_layers or sorted(set(self.target_layers)) != list(self.target_layers):
             raise ConfigError(f"target_layers={self.target_layers} must be rising numbers, at least one")
         if self.target_layers[0] < 1 or self.target_layers[-1] > layers:
@@ -92,8 +102,9 @@ class ViralConfig(ObjectiveConfig):
     def width(self, config: Config) -> int:
         """Z of the frozen encoder; `ConfigError` where its features do not fit into the decoder's rows."""
         assert config.model.hidden_size is not None
-        found = _width(self.target_path, self.target)
-        if self.target_path is not None and found > config.model.hidden_size:
+        found = _width(self.target_encoder())
+        known = self.target_cache or (self.target_path and Path(self.target_path).is_dir())
+        if known and found > config.model.hidden_size:
             raise ConfigError(
                 f"the frozen encoder's width {found} is more than the decoder's {config.model.hidden_size}"
             )
@@ -116,12 +127,15 @@ class ViralConfig(ObjectiveConfig):
             found += head_weights(name, self.projector_widths(config), std=0.02, uses=uses.count(name))
         return tuple(found)
 
-    def target_encoder(self) -> VisionConfig:
-        return VisionConfig(
-            vision=self.target,
-            vision_path=self.target_path,
-            vision_random_init=self.target_random_init,
-            vision_layer=_LAYER[self.target],
+    def target_encoder(self) -> TargetEncoder:
+        return TargetEncoder(
+            kind=self.target,
+            path=self.target_path,
+            cache=self.target_cache,
+            image_size=self.target_image_size,
+            random_init=self.target_random_init,
+            remote_code=self.target_remote_code,
+            width=self.target_width,
         )
 
     def travelling(self) -> int:
@@ -136,8 +150,8 @@ class ViralConfig(ObjectiveConfig):
 class ViralPlan(Plan):
     """One micro-batch's images as the frozen encoder wants them."""
 
-    pixels: torch.Tensor | None
-    """This rank's share of them; None on later stages."""
+    targets: torch.Tensor | None
+    """Of this rank's share of them, pixels or the frozen encoder's features; None on later stages."""
     share_grids: tuple[tuple[Grid, ...], ...]
     """Grids of visual tokens of every rank's share."""
     per_token_N: torch.Tensor
@@ -163,19 +177,9 @@ class Viral(LanguageModel):
     def build(cls, config: Config, parts: Parts) -> "Viral":
         settings = config.objective
         assert isinstance(settings, ViralConfig)
-        encoder = None
+        encoder: Callable[[torch.Tensor], tuple[torch.Tensor, Grid]] | None = None
         if parts.topology.on_first_stage:
-            wanted = settings.target_encoder()
-            encoder = build_vision_encoder(
-                settings.target,
-                path=wanted.vision_path,
-                random_init=wanted.vision_random_init,
-                layer=wanted.vision_layer,
-                seed=config.train.seed,
-                dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
-                device=parts.topology.device,
-            )
-            encoder.requires_grad_(requires_grad=False).eval()
+            encoder = _encoder(settings.target_encoder(), config.train, parts.topology.device)
         return cls(config, parts.topology, encoder, [parts.own(name) for name in settings.projectors()])
 
     def __init__(self, config: Config, topology: "Topology", encoder: Any, projectors: list[Any]) -> None:
@@ -190,17 +194,16 @@ class Viral(LanguageModel):
         shares = image_shares(batch.image_grids, self._topology.num_shares)
         return ViralPlan(
             counts={LOSS: len(lengths)},
-            pixels=None if batch.target_pixels is None else send(batch.target_pixels, device),
+            targets=None if batch.targets is None else send(batch.targets, device),
             share_grids=tuple(batch.image_grids[start:stop] for start, stop in shares),
             per_token_N=send(torch.from_numpy(np.repeat(1.0 / lengths, lengths).astype(np.float32)), device),
         )
 
     @torch.no_grad()
     def enter(self, visual_ND: torch.Tensor, plan: ViralPlan) -> Entering:
-        assert plan.pixels is not None
-        grids = plan.share_grids[self._topology.share]
-        features = self._encoder(plan.pixels)
-        local_nZ = resample(features, self._encoder.grid_of(plan.pixels), grids)
+        assert plan.targets is not None
+        features_InZ, grid = self._encoder(plan.targets)
+        local_nZ = resample(features_InZ, grid, plan.share_grids[self._topology.share])
         counts = tuple(sum(h * w for h, w in share) for share in plan.share_grids)
         target_NZ = gather_shares(local_nZ, counts, self._topology.tp_cp_group, self._topology.cp_group)
         padded_ND = F.pad(target_NZ, (0, visual_ND.shape[1] - self._width)).to(visual_ND.dtype)
@@ -214,6 +217,18 @@ class Viral(LanguageModel):
             cosine_N = F.cosine_similarity(projector(states_ND).float(), target_NZ, dim=-1)
             total = total - (cosine_N * plan.per_token_N).sum()
         return {LOSS: total / len(states)}
+
+
+def _encoder(
+    target: TargetEncoder, train: TrainConfig, device: torch.device
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, Grid]]:
+    """What turns `Batch.targets` into features [I, n, Z] and their grid."""
+    if target.cache is not None:
+        grid = TargetCache(target.cache).grid
+        return lambda features_InZ: (features_InZ.view(torch.bfloat16), grid)
+    return build_frozen_encoder(
+        target, seed=train.seed, dtype=torch.bfloat16 if train.bf16 else torch.float32, device=device
+    )
 
 
 def resample(features_InZ: torch.Tensor, source: Grid, grids: tuple[Grid, ...]) -> torch.Tensor:

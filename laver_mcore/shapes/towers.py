@@ -70,6 +70,8 @@ class TowerShape:
     """Layers that see the whole image although there are windows."""
     fixed_tokens: int | None = None
     """Visual tokens of every image; None at native resolution."""
+    heads: int = 0
+    """Attention heads, where weights depend on them (SAM's relative positions)."""
 
 
 @functools.cache
@@ -78,12 +80,20 @@ def tower_shape(vision: VisionConfig) -> TowerShape | None:
     kind = vision.vision
     if kind not in _DEFAULTS:
         return None
-    file = Path(vision.vision_path) / "config.json" if vision.vision_path else None
-    if file is not None and file.is_file():
-        whole = json.loads(file.read_text(encoding="utf-8"))
-        found = whole.get("vision_config", whole)
-    else:
-        found = _PUBLISHED[kind]
+    return shape_of(kind, read_settings(vision.vision_path) or _PUBLISHED[kind], vision.vision_layer)
+
+
+def read_settings(path: str | None, part: str = "vision_config") -> dict[str, Any]:
+    """The tower's settings in a directory's `config.json`, which may be `part` of them; none without a directory."""
+    file = Path(path) / "config.json" if path else None
+    if file is None or not file.is_file():
+        return {}
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    return dict(whole.get(part, whole))
+
+
+def shape_of(kind: str, found: dict[str, Any], layer: int) -> TowerShape:
+    """A tower with these settings, cut at `layer` (-1: whole)."""
     given = {**_COMMON, **_DEFAULTS[kind], **{k: v for k, v in found.items() if v is not None}}
     if kind in ("qwen2-vl", "qwen2.5-vl"):
         return _qwen_shape(kind, given)
@@ -93,7 +103,7 @@ def tower_shape(vision: VisionConfig) -> TowerShape | None:
     return TowerShape(
         kind=kind,
         width=width,
-        layers=given["num_hidden_layers"] + (0 if native else vision.vision_layer + 1),
+        layers=given["num_hidden_layers"] + (0 if native else layer + 1),
         ffn=_dinov2_ffn(given) if kind == "dinov2" else given["intermediate_size"],
         gated=native or given["use_swiglu_ffn"],
         patch_numbers=given["num_channels"] * patch**2,
@@ -101,7 +111,7 @@ def tower_shape(vision: VisionConfig) -> TowerShape | None:
         prefix_tokens=int(kind in ("clip", "dinov2")),
         merge=1,
         output_width=width,
-        final_norm=native or (kind != "clip" and vision.vision_layer == -1),
+        final_norm=native or (kind != "clip" and layer == -1),
         biases=not native or given["mlp_bias"],
         fixed_tokens=None if native else side**2,
     )
@@ -138,13 +148,15 @@ Entry = tuple[str, tuple[int, ...], str | None]
 """Name, shape, and which rows a matrix is multiplied with: "patches", "visual", or None for what is no matrix."""
 
 
-def _linear(name: str, rows: int, columns: int, biases: bool = True, by: str = "patches") -> Iterator[Entry]:
+def linear(name: str, rows: int, columns: int, biases: bool = True, by: str = "patches") -> Iterator[Entry]:
+    """A linear layer's weight and bias."""
     yield f"{name}.weight", (rows, columns), by
     if biases:
         yield f"{name}.bias", (rows,), None
 
 
-def _norm(name: str, width: int, biases: bool) -> Iterator[Entry]:
+def norm(name: str, width: int, biases: bool = True) -> Iterator[Entry]:
+    """A norm's weight and bias."""
     yield f"{name}.weight", (width,), None
     if biases:
         yield f"{name}.bias", (width,), None
@@ -157,7 +169,7 @@ def tower_weights(shape: TowerShape) -> Iterator[Entry]:
     """
     width = shape.width
     name, layer_norms = _PATCHES[shape.kind]
-    yield from _linear(name, width, shape.patch_numbers, biases=shape.kind in ("siglip", "dinov2", "aimv2"))
+    yield from linear(name, width, shape.patch_numbers, biases=shape.kind in ("siglip", "dinov2", "aimv2"))
     if shape.prefix_tokens:
         yield (
             ("embeddings.cls_token" if shape.kind == "dinov2" else "embeddings.class_embedding"),
@@ -168,19 +180,19 @@ def tower_weights(shape: TowerShape) -> Iterator[Entry]:
         table = "position_embeddings" if shape.kind == "dinov2" else "position_embedding.weight"
         yield f"embeddings.{table}", (shape.positions, width), None
     if shape.kind == "clip":
-        yield from _norm("pre_layrnorm", width, True)
+        yield from norm("pre_layrnorm", width, True)
     if shape.kind == "aimv2":
-        yield from _norm("embeddings.rms_norm", width, False)
+        yield from norm("embeddings.rms_norm", width, False)
     for layer in range(shape.layers):
         yield from _layer(shape, layer_norms, layer)
     if shape.final_norm:
         final = {"siglip": "post_layernorm", "dinov2": "layernorm", "aimv2": "rms_norm"}[shape.kind]
-        yield from _norm(final, width, shape.kind != "aimv2")
+        yield from norm(final, width, shape.kind != "aimv2")
     if shape.merge > 1:
-        yield from _norm("merger.ln_q", width, shape.kind == "qwen2-vl")
+        yield from norm("merger.ln_q", width, shape.kind == "qwen2-vl")
         merged = width * shape.merge**2
-        yield from _linear("merger.mlp.0", merged, merged, by="visual")
-        yield from _linear("merger.mlp.2", shape.output_width, merged, by="visual")
+        yield from linear("merger.mlp.0", merged, merged, by="visual")
+        yield from linear("merger.mlp.2", shape.output_width, merged, by="visual")
 
 
 # Kind -> name of the patch projection, and (the list of layers, attention, its outputs, MLP, norms).
@@ -204,19 +216,19 @@ def _layer(shape: TowerShape, names: tuple, layer: int) -> Iterator[Entry]:
     layers, attention, projections, mlp, (norm1, norm2) = names
     prefix, width, ffn = f"{layers}.{layer}", shape.width, shape.ffn
     norm_biases = shape.kind not in ("aimv2", "qwen2.5-vl")
-    yield from _norm(f"{prefix}.{norm1}", width, norm_biases)
+    yield from norm(f"{prefix}.{norm1}", width, norm_biases)
     for projection in projections:
         rows = 3 * width if projection == "qkv" else width
-        yield from _linear(f"{prefix}.{attention}.{projection}", rows, width, shape.biases)
+        yield from linear(f"{prefix}.{attention}.{projection}", rows, width, shape.biases)
     if shape.kind == "dinov2":
         yield f"{prefix}.layer_scale1.lambda1", (width,), None
-    yield from _norm(f"{prefix}.{norm2}", width, norm_biases)
+    yield from norm(f"{prefix}.{norm2}", width, norm_biases)
     if not shape.gated:
-        yield from _linear(f"{prefix}.{mlp}.fc1", ffn, width)
-        yield from _linear(f"{prefix}.{mlp}.fc2", width, ffn)
+        yield from linear(f"{prefix}.{mlp}.fc1", ffn, width)
+        yield from linear(f"{prefix}.{mlp}.fc2", width, ffn)
     else:
         for projection in ("gate_proj", "up_proj"):
-            yield from _linear(f"{prefix}.{mlp}.{projection}", ffn, width, shape.biases)
-        yield from _linear(f"{prefix}.{mlp}.down_proj", width, ffn, shape.biases)
+            yield from linear(f"{prefix}.{mlp}.{projection}", ffn, width, shape.biases)
+        yield from linear(f"{prefix}.{mlp}.down_proj", width, ffn, shape.biases)
     if shape.kind == "dinov2":
         yield f"{prefix}.layer_scale2.lambda1", (width,), None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from laver_mcore.config.schema import AddedWeight, Config, ModelConfig, VisionConfig
+from laver_mcore.shapes.frozen import frozen_entries, frozen_shape
 from laver_mcore.shapes.towers import TowerShape, tower_shape, tower_weights
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
@@ -122,9 +123,9 @@ def _entries(
 
 
 def target_tower(config: Config) -> TowerShape | None:
-    """The frozen encoder that gives the recipe's objective its targets, if it has one."""
-    encoder = config.objective.target_encoder()
-    return None if encoder is None else tower_shape(encoder)
+    """The frozen encoder that works beside the model to give the recipe's objective its targets, if one does."""
+    target = config.objective.target_encoder()
+    return None if target is None or target.cache is not None else frozen_shape(target)
 
 
 def frozen_tower(tower: TowerShape) -> tuple[Weight, ...]:
@@ -132,7 +133,7 @@ def frozen_tower(tower: TowerShape) -> tuple[Weight, ...]:
     kind: dict = dict(trains=False, place="first")
     return tuple(
         Weight(name=TOWER + name, shape=shape, **kind | dict(rows=rows))
-        for name, shape, rows in tower_weights(tower)
+        for name, shape, rows in frozen_entries(tower)
     )
 
 

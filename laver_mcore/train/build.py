@@ -21,6 +21,8 @@ from laver_mcore.convert.safetensors_directory import open_weights
 from laver_mcore.convert.weights import load_hf_weights
 from laver_mcore.data.images.native import native_processor
 from laver_mcore.data.images.processors import FixedImageProcessor, ImageProcessor, PatchImageProcessor
+from laver_mcore.data.images.target_cache import TargetCache
+from laver_mcore.data.images.target_pixels import TargetProcessor, TargetSource, view_of
 from laver_mcore.data.records.finevision import RatingFilter
 from laver_mcore.data.sequence.tokenizer import Tokenizer, load_tokenizer
 from laver_mcore.data.serve.loader import DialogueData
@@ -35,6 +37,7 @@ from laver_mcore.model.parameters import freeze, training_of, unwrap
 from laver_mcore.model.vision_encoders import read_patch_size
 from laver_mcore.model.vision_language import VisionLanguageModel
 from laver_mcore.objectives.objective import Parts
+from laver_mcore.shapes.frozen import input_side
 from laver_mcore.train import checkpoint
 from laver_mcore.train.engine import Engine
 
@@ -68,23 +71,28 @@ def build_image_processor(config: Config) -> ImageProcessor | None:
     return FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
 
 
-def build_target_processor(config: Config) -> ImageProcessor | None:
-    """How images become the pixels of the objective's frozen encoder; None where it has none."""
-    encoder = config.objective.target_encoder()
-    if encoder is None or encoder.vision_path is None:
+def build_targets(config: Config, tower: ImageProcessor | None) -> TargetSource | None:
+    """How images become what the objective's frozen encoder wants, or its features; None where it has none."""
+    target = config.objective.target_encoder()
+    if target is None or tower is None:
         return None
-    return FixedImageProcessor(encoder.vision_path, patch_size=read_patch_size(encoder.vision_path))
+    if target.cache is not None:
+        cache = TargetCache(target.cache)
+        cache.check(kind=target.kind, view=view_of(tower))
+        return cache
+    assert target.path is not None
+    return TargetProcessor(target.path, tower=tower, image_size=input_side(target))
 
 
 def build_data(config: Config, tokenizer: Tokenizer, device: torch.device | None = None) -> DialogueData:
     """The recipe's data, read and validated whole; batches go to `device`."""
-    data = config.data
+    data, image_processor = config.data, build_image_processor(config)
     return DialogueData(
         list(data.data_path),
         image_folder=data.image_folder,
         tokenizer=tokenizer,
-        image_processor=build_image_processor(config),
-        target_processor=build_target_processor(config),
+        image_processor=image_processor,
+        targets=build_targets(config, image_processor),
         seq_length=data.seq_length,
         seed=config.train.seed,
         system_prompt=data.system_prompt,

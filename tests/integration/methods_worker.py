@@ -39,7 +39,7 @@ def main(folder: Path, commands: dict[str, str]) -> None:
             width = engine.config.objective.width(engine.config)
             torch.save([b.visual_rows_N for b in batches], folder / "rows.pt")
             found = dict(
-                pixels=plan.pixels,
+                pixels=plan.targets,
                 targets=entering.travelling[0][:, :width],
                 image=f"{key.removeprefix('sample-')}_{index}.png",
             )

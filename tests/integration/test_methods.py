@@ -31,6 +31,7 @@ TERMS = {"victor": "reconstruction_loss", "viral": "alignment_loss"}
 OWN = {"victor": ("token_pool", "reconstruction_head."), "viral": ("projector.",)}
 COMMON = "--train-iters 4 --adam-eps 1e-3 --weight-decay 0.1 --save-interval 1"
 FROZEN = "--train-iters 20 --weight-decay 0.1 --save-interval 1 --trainable"
+BF16 = {"bf16": "", "bf16_distributed": "--use-distributed-optimizer"}
 OTHERS = [name for name in LAYOUTS if name != "tp1"]
 
 
@@ -62,8 +63,14 @@ def table(data, directory):
             found[f"{method}-{layout}"] = ranks, f"{flags} {COMMON} {layout_flags}"
         own = " ".join(f"{name}*" for name in OWN[method])
         found[f"{method}-frozen"] = 1, f"{flags} {FROZEN} {own}"
+        if method == "victor":
+            for name, kind in BF16.items():
+                found[f"victor-{name}"] = 1, f"{flags} {FROZEN} {own} --bf16 {kind}"
         again = f"{flags} {COMMON} {LAYOUTS['tp2_sp'][1]}"
         found[f"{method}-half"] = 2, f"{again} --exit-interval 2"
+        if method == "viral":
+            kept = flags.replace("--target-path {data}/dino", "--target-cache {data}/kept")
+            found["viral-kept"] = 2, f"{kept} {COMMON} {LAYOUTS['tp2_sp'][1]} --num-workers 1"
         found[f"{method}-resumed"] = 2, f"{again} --load {directory}/{method}-half"
     base = f"--config {data / 'recipe.yaml'}"
     return {name: (ranks, f"{base} {flags.format(data=data)}") for name, (ranks, flags) in found.items()}
@@ -85,6 +92,10 @@ def target(data_directory):
     folder = data_directory / "dino"
     if not folder.is_dir():
         write_target(folder)
+        viral = METHODS["viral"].format(data=data_directory).split()
+        recipe = ("--config", str(data_directory / "recipe.yaml"), *viral)
+        done = python("tools/prepare_targets.py", "--output", str(data_directory / "kept"), *recipe)
+        assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
@@ -127,6 +138,18 @@ def test_layout_trains_like_one_process(runs, method, layout):
     for a, b in zip(got, wanted, strict=True):
         for name in ("loss", "lm_loss", TERMS[method], "grad_norm", "visual_similarity"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), name
+
+
+@needs("tp2_sp", "kept")
+@pytest.mark.parametrize("method", ["viral"])
+def test_with_kept_targets_a_run_is_the_same_up_to_their_rounding(runs, method):
+    got, wanted = (read_metrics(runs / f"{method}-{name}") for name in ("kept", "tp2_sp"))
+    assert len(got) == len(wanted) == 4
+    for a, b in zip(got, wanted, strict=True):
+        assert a["lm_loss"] == pytest.approx(b["lm_loss"], rel=1e-3)
+        assert a[TERMS[method]] == pytest.approx(b[TERMS[method]], abs=2e-3)
+    assert got[0]["lm_loss"] == pytest.approx(wanted[0]["lm_loss"], rel=1e-6)
+    assert got[0][TERMS[method]] != wanted[0][TERMS[method]]
 
 
 @needs("tp1")
@@ -191,6 +214,32 @@ def test_rows_that_were_never_chosen_do_not_move(runs, method):
     assert 0 < chosen.sum() < len(first)
     assert torch.equal(first[~chosen], last[~chosen])
     assert not torch.equal(first[chosen], last[chosen])
+
+
+@pytest.mark.parametrize("layout", ["frozen", *BF16])
+@pytest.mark.parametrize("method", ["victor"])
+def test_rows_that_a_step_does_not_choose_rest_in_it(runs, method, layout):
+    """However often they were chosen before: Adam alone would let its moments move them on."""
+    rested = 0
+    for iteration in range(2, 20):
+        before, after = (pool_state(runs / f"{method}-{layout}", at) for at in (iteration, iteration + 1))
+        chosen = (before[2] != after[2]).any(-1)  # the second moments of rows with a gradient, in this step
+        known = before[2].abs().sum(-1) > 0
+        assert chosen.any()
+        for a, b in zip(before, after, strict=True):
+            assert torch.equal(a[~chosen], b[~chosen])
+        assert layout in BF16 or (before[0] != after[0])[chosen].any(-1).all()
+        rested += int((known & ~chosen).sum())
+    assert rested > 0
+
+
+def pool_state(run, iteration):
+    """The pool with its two moments, [P, D] each."""
+    pool = read_checkpoint(run, "token_pool", iteration)["token_pool"]
+    names = ("optimizer.state.exp_avg.token_pool", "optimizer.state.exp_avg_sq.token_pool")
+    return pool, *(
+        next(iter(read_checkpoint(run, name, iteration).values())).view(pool.shape) for name in names
+    )
 
 
 @needs("tp2_sp", "half", "resumed")

@@ -9,7 +9,7 @@ Where the run's device is a GPU, the last two work there (`gpu_backend.py`). Eve
 calls it, never in a forked one. An image that cannot be decoded comes out grey and is named in the answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -42,17 +42,18 @@ def make_backend(
     processor: ImageProcessor,
     *,
     num_threads: int = 2,
-    image_cache_mib: int = 0,
+    decoded: DecodedImages | None = None,
     device: torch.device | None = None,
 ) -> PixelMaker:
     """The backend called `name`; DataError for an unknown one, or for DALI where it is not installed.
 
-    On a CUDA `device` the DALI backends decode and resize there and return pixels there; the others ignore it.
+    `decoded` keeps images for the reference. On a CUDA `device` the DALI backends decode and resize there and return
+    pixels there; the others ignore it.
     """
     if name not in BACKENDS:
         raise DataError(f"image_backend={name!r}; use one of {', '.join(BACKENDS)}")
     if name == "pillow":
-        return _Reference(processor, DecodedImages(max_bytes=image_cache_mib * 2**20))
+        return ReferencePixels(processor, decoded or DecodedImages(max_bytes=0))
     if name.startswith("dali") and not dali.installed():
         raise DataError(
             f"image_backend={name!r} needs NVIDIA DALI, which is not installed; use 'pillow' or "
@@ -68,17 +69,17 @@ def make_backend(
     return _Fast(name, processor, num_threads)
 
 
-class _Reference:
+class ReferencePixels:
     """Pillow and transformers."""
 
-    def __init__(self, processor: ImageProcessor, cache: DecodedImages) -> None:
-        self._processor, self._cache = processor, cache
+    def __init__(self, processor: Callable[[Sequence[Image.Image]], Tensor], decoded: DecodedImages) -> None:
+        self._processor, self._decoded = processor, decoded
 
     def __call__(self, images: Sequence[WantedImage]) -> tuple[Tensor, dict[int, str]]:
         decoded, failures = [], {}
         for position, image in enumerate(images):
             try:
-                picture = self._cache.open(image.source)
+                picture = self._decoded.open(image.source)
                 check_size(image, *picture.size)
             except DataError as error:
                 failures[position] = str(error)

@@ -90,20 +90,25 @@ def reason(error: Exception) -> str:
 class DecodedImages:
     """Opens images and keeps the first that fit into `max_bytes`: a small set is decoded once, not per epoch.
 
-    Nothing is evicted: an epoch visits every image once, and then the least recently used is needed next.
+    Nothing is evicted: an epoch visits every image once, and then the least recently used is needed next. The last
+    one is kept as well: a tower and a frozen encoder look at it one after the other.
     """
 
     def __init__(self, *, max_bytes: int) -> None:
         self._free_bytes = max_bytes
         self._images: dict[ImageSource, Image.Image] = {}
+        self._last: tuple[ImageSource, Image.Image] | None = None
 
     def open(self, source: ImageSource) -> Image.Image:
         """The decoded RGB image; not to be changed in place."""
         if source in self._images:
             return self._images[source]
+        if self._last is not None and self._last[0] == source:
+            return self._last[1]
         image = open_image(source)
         num_bytes = 3 * image.width * image.height
         if num_bytes <= self._free_bytes:
             self._free_bytes -= num_bytes
             self._images[source] = image
+        self._last = source, image
         return image

@@ -81,7 +81,7 @@ def fixed_settings(processor: Any, where: str) -> PixelSettings:
         height=edge or int(size["height"]),
         width=edge or int(size["width"]),
         crop=None if crop is None else (int(crop["height"]), int(crop["width"])),
-        **_values(processor),
+        **normalisation(processor),
     )
 
 
@@ -95,11 +95,12 @@ def native_settings(processor: Any) -> PixelSettings:
         factor=processor.patch_size * processor.merge_size,
         min_pixels=int(processor.size["shortest_edge"]),
         max_pixels=int(processor.size["longest_edge"]),
-        **_values(processor),
+        **normalisation(processor),
     )
 
 
-def _values(processor: Any) -> dict[str, Any]:
+def normalisation(processor: Any) -> dict[str, Any]:
+    """The filter, scale, mean and standard deviation of a transformers image processor, as fields of the settings."""
     mean = tuple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0)
     std = tuple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0)
     return {

@@ -29,7 +29,7 @@ class Batch:
     image_keys: tuple[tuple[str, int], ...]  # I x (sample key, index of the image in its sample)
     document_lengths: tuple[int, ...]  # tokens of each sample, in order; their sum is the unpadded length
     pixels: Tensor | None = None  # the tower's input for the share of the images that was asked for
-    target_pixels: Tensor | None = None  # the same images as a frozen encoder that gives targets wants them
+    targets: Tensor | None = None  # of the same images: pixels for a frozen encoder, or its features
 
     @property
     def num_samples(self) -> int:
@@ -57,7 +57,7 @@ class Batch:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors but those of the layout, by field."""
-        names = ("tokens_T", "labels_T", "supervised_rows_M", "visual_rows_N", "pixels", "target_pixels")
+        names = ("tokens_T", "labels_T", "supervised_rows_M", "visual_rows_N", "pixels", "targets")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -68,7 +68,7 @@ def collate(
     total_length: int,
     pad_id: int,
     pixels: Tensor | None = None,
-    target_pixels: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> Batch:
     """Lay encoded samples (or prompts) back to back into one sequence of `total_length` tokens."""
     lengths = [len(sample) for sample in samples]
@@ -100,5 +100,5 @@ def collate(
         ),
         document_lengths=tuple(lengths),
         pixels=pixels,
-        target_pixels=target_pixels,
+        targets=targets,
     )

@@ -26,7 +26,7 @@ class Tools:
     dialogues: Dialogues
     make_pixels: PixelMaker | None
     make_targets: PixelMaker | None = None
-    """Another processor's sight of the same images, for a frozen encoder that gives targets."""
+    """What a frozen encoder that gives targets sees in the same images, or its features."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,8 +136,11 @@ def decode_here(
     if pictures.pixels is not None or pictures.failures:
         return pictures
     pixels, failed = make_pixels(pictures.images)
+    targets = None
+    if make_targets is not None:
+        targets, lost = make_targets(pictures.images)
+        failed = lost | failed
     failures: dict[int, str] = {}
     for position, why in failed.items():
         failures.setdefault(owners[position], why)
-    targets = None if make_targets is None else make_targets(pictures.images)[0]
     return Pictures(pixels=pixels, targets=targets, failures=failures)

@@ -18,7 +18,10 @@ import torch
 
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images.backends import make_backend
+from laver_mcore.data.images.decode import DecodedImages
 from laver_mcore.data.images.processors import ImageProcessor
+from laver_mcore.data.images.target_pixels import TargetSource
+from laver_mcore.data.images.wanted import PixelMaker
 from laver_mcore.data.order.cost import PackingCost
 from laver_mcore.data.order.dialogues import Dialogues
 from laver_mcore.data.order.index import FOLDER, get_index
@@ -46,7 +49,7 @@ class DialogueData:
     `seq_length` tokens: "error", or "drop" (logged, and counted in `num_dropped`). `weights`, one a source,
     mix several sets (`order/rows.py`). `cost` makes rows and ranks even in what they cost to train on; without it
     samples are packed by length alone. `num_workers` processes read ahead; 0 reads in a thread. `image_backend` is
-    one of `image_backend.BACKENDS`; a `target_processor` makes other pixels of the same images besides. With a CUDA
+    one of `image_backend.BACKENDS`; `targets` are made of the same images besides. With a CUDA
     `device`, `iterate` yields batches that are there already.
     """
 
@@ -57,7 +60,7 @@ class DialogueData:
         image_folder: str | Path | None = None,
         tokenizer: Tokenizer,
         image_processor: ImageProcessor | None,
-        target_processor: ImageProcessor | None = None,
+        targets: TargetSource | None = None,
         seq_length: int,
         seed: int,
         system_prompt: str = DEFAULT_SYSTEM_PROMPT,
@@ -79,7 +82,7 @@ class DialogueData:
         paths = [Path(s) for s in ([source] if isinstance(source, str | Path) else source)]
         if not paths:
             raise DataError("the list of data files: holds no records")
-        self._image_processor, self._num_workers = image_processor, num_workers
+        self._image_processor, self._targets, self._num_workers = image_processor, targets, num_workers
         quarantined = Quarantine(quarantine, max_bad_fraction)
         self._sources = [open_source(path, image_folder or path.parent, ratings) for path in paths]
         indexes = []
@@ -108,22 +111,17 @@ class DialogueData:
             if cost is None
             else cost.documents(self.lengths, self.samples.visual, self.samples.visual_squares),
         )
-        self._make_pixels, self._make_targets = (
-            None
-            if processor is None
-            else make_backend(
-                image_backend,
-                processor,
-                num_threads=decode_threads,
-                image_cache_mib=image_cache_mib,
-                device=device,
+        decoded = DecodedImages(max_bytes=image_cache_mib * 2**20)
+        self._make_pixels: PixelMaker | None = None
+        if image_processor is not None:
+            self._make_pixels = make_backend(
+                image_backend, image_processor, num_threads=decode_threads, decoded=decoded, device=device
             )
-            for processor in (image_processor, target_processor)
-        )
+        self._make_targets = None if targets is None else targets.maker(decoded)
         self._task = WorkerTask(
             dialogues=self.samples,
             image_processor=image_processor,
-            target_processor=target_processor,
+            targets=targets,
             decode=image_backend == "pillow",
         )
         self._quarantine, self._seq_length, self._worker_timeout = quarantined, seq_length, worker_timeout
@@ -229,4 +227,6 @@ class DialogueData:
         for source in self._sources:
             digest.update(source.fingerprint().encode())
         digest.update(repr(self._image_processor and self._image_processor.fingerprint()).encode())
+        if self._targets is not None:
+            digest.update(self._targets.fingerprint().encode())
         return digest.hexdigest()

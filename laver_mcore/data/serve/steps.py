@@ -97,7 +97,7 @@ class StepPlan:
             total_length=self._layout.micro_batch_size * self._seq_length,
             pad_id=self._dialogues.pad_id,
             pixels=None if pixels is None else torch.as_tensor(pixels),
-            target_pixels=None if targets is None else torch.as_tensor(targets),
+            targets=None if targets is None else torch.as_tensor(targets),
         )
 
     def _rows(self, step: int) -> range:

@@ -26,7 +26,9 @@ import torch
 
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images.backends import make_backend
+from laver_mcore.data.images.decode import DecodedImages
 from laver_mcore.data.images.processors import ImageProcessor
+from laver_mcore.data.images.target_pixels import TargetSource
 from laver_mcore.data.order.dialogues import Dialogues
 from laver_mcore.data.serve.assemble import Task, Tools
 
@@ -79,9 +81,8 @@ class WorkerTask:
 
     dialogues: Dialogues
     image_processor: ImageProcessor | None
-    target_processor: ImageProcessor | None = None
+    targets: TargetSource | None = None
     decode: bool
-    image_cache_mib: int = 0
 
 
 def _serve(connection: Connection) -> None:
@@ -89,13 +90,13 @@ def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     try:
         given: WorkerTask = pickle.loads(connection.recv_bytes())
-        makers = [
-            make_backend("pillow", processor, image_cache_mib=given.image_cache_mib)
-            if given.decode and processor is not None
-            else None
-            for processor in (given.image_processor, given.target_processor)
-        ]
-        tools = Tools(dialogues=given.dialogues, make_pixels=makers[0], make_targets=makers[1])
+        processor, targets = (given.image_processor, given.targets) if given.decode else (None, None)
+        decoded = DecodedImages(max_bytes=0)
+        tools = Tools(
+            dialogues=given.dialogues,
+            make_pixels=None if processor is None else make_backend("pillow", processor, decoded=decoded),
+            make_targets=None if targets is None else targets.maker(decoded),
+        )
         connection.send_bytes(pickle.dumps(None))  # ready
         while True:
             task: Task = pickle.loads(connection.recv_bytes())

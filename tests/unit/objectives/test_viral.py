@@ -9,11 +9,13 @@ import torch
 import transformers
 
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.schema import Config, ModelConfig, VisionConfig
+from laver_mcore.config.schema import Config, ModelConfig, TrainConfig, VisionConfig
+from laver_mcore.config.targets import TargetEncoder
+from laver_mcore.data.images.target_cache import TargetCacheWriter
+from laver_mcore.model.frozen_encoders import build_frozen_encoder
 from laver_mcore.model.method import ModelOutput
-from laver_mcore.model.vision_encoders import build_vision_encoder
 from laver_mcore.objectives.head import Head
-from laver_mcore.objectives.viral import LOSS, Viral, ViralConfig, resample
+from laver_mcore.objectives.viral import LOSS, Viral, ViralConfig, _encoder, resample
 
 WIDTH, Z, GRIDS = 24, 16, ((4, 4), (2, 3))
 TOPOLOGY = SimpleNamespace(device=torch.device("cpu"), num_shares=1, share=0, tp_cp_group=None, cp_group=None)
@@ -44,7 +46,7 @@ def recipe(directory, **settings) -> Config:
 def made(config) -> Viral:
     torch.manual_seed(1)
     settings = config.objective
-    encoder = build_vision_encoder("dinov2", path=settings.target_path).eval()
+    encoder = _encoder(settings.target_encoder(), TrainConfig(bf16=False), torch.device("cpu"))
     kind = dict(dtype=torch.float32, device="cpu")
     heads = {
         name: Head(settings.projector_widths(config), torch.nn.SiLU, **kind) for name in settings.projectors()
@@ -54,7 +56,7 @@ def made(config) -> Viral:
 
 def batch_of(pixels=None, grids=GRIDS):
     lengths = tuple(h * w for h, w in grids)
-    return SimpleNamespace(image_grids=grids, image_lengths=lengths, target_pixels=pixels)
+    return SimpleNamespace(image_grids=grids, image_lengths=lengths, targets=pixels)
 
 
 def test_targets_are_the_checkpoints_patch_tokens(directory):
@@ -75,10 +77,32 @@ def test_targets_are_the_checkpoints_patch_tokens(directory):
 def test_a_random_target_is_another(directory):
     pixels = torch.randn(2, 3, 28, 28)
     real, drawn = (
-        build_vision_encoder("dinov2", path=directory, random_init=random).eval()(pixels)
+        _encoder(
+            TargetEncoder(kind="dinov2", path=str(directory), random_init=random),
+            TrainConfig(bf16=False),
+            torch.device("cpu"),
+        )(pixels)[0]
         for random in (False, True)
     )
     assert (real - drawn).norm() > 0.1 * real.norm()
+
+
+def test_kept_features_are_the_encoders(directory, tmp_path):
+    """What enters from a cache is what enters beside the step, rounded to bfloat16; and nothing is encoded."""
+    pixels = torch.randn(2, 3, 28, 28)
+    encoder = build_frozen_encoder(TargetEncoder(kind="dinov2", path=str(directory)), dtype=torch.float32)
+    features, grid = encoder(pixels)
+    TargetCacheWriter(tmp_path, dict(kind="dinov2", view="whole", grid=list(grid), width=Z))
+    beside, kept = made(recipe(directory)), made(recipe(None, target_path=None, target_cache=str(tmp_path)))
+    visual = torch.randn(22, WIDTH)
+    bits = features.bfloat16().view(torch.int16)
+    wanted, found = (
+        viral.enter(visual, viral.plan(batch_of(given), 0)).travelling[0]
+        for viral, given in ((beside, pixels), (kept, bits))
+    )
+    assert wanted[:, :Z].std() > 0.1
+    torch.testing.assert_close(found, wanted, rtol=2**-8, atol=2**-8)
+    assert not torch.equal(found, wanted)
 
 
 def ramp(rows: int, columns: int) -> torch.Tensor:
@@ -147,6 +171,8 @@ def test_loss_and_gradients_are_the_formula(directory, shared):
 
 REFUSED = {
     "no_path": (dict(target_path=None), "needs target_path"),
+    "no_cache": (dict(target_path=None, target_cache="nowhere"), "nowhere: no cache.json there"),
+    "image_size": (dict(target_image_size=0), "must be positive"),
     "layer": (dict(target_layers=(7,)), "the decoder has layers 1 to 6"),
     "layer_0": (dict(target_layers=(0, 2)), "the decoder has layers 1 to 6"),
     "order": (dict(target_layers=(3, 2)), "must be rising"),
