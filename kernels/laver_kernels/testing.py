@@ -1,7 +1,7 @@
 """Cases, oracles and error budgets: the one source for tests and benchmarks.
 
-A `Problem` holds an operation's inputs, our call, and the plain equation, written without a look at
-`reference.py`. The equation runs twice: in fp64 (the oracle) and in the inputs' own dtype (what eager PyTorch
+A `Problem` holds an operation's inputs, our call, and the plain equation, written without a look at the
+implementations (attention's is `mixed_attention/reference.py`, under a mask made from the documents). The equation runs twice: in fp64 (the oracle) and in the inputs' own dtype (what eager PyTorch
 makes of it). Ours may err against the oracle at most twice as much as eager does, output and every gradient.
 """
 
@@ -18,6 +18,7 @@ from laver_kernels.gram.api import gram_loss
 from laver_kernels.latent_cross_entropy.api import latent_cross_entropy
 from laver_kernels.linear_cross_entropy.api import linear_cross_entropy
 from laver_kernels.mixed_attention.api import mixed_attention
+from laver_kernels.mixed_attention.reference import attention
 from laver_kernels.mixed_attention.rope import rope_table
 from laver_kernels.testing_masks import Document, dense_mask, intervals_of, positions_of
 
@@ -137,33 +138,8 @@ def attention_problem(
         name=f"attention {name}",
         inputs=inputs,
         ours=lambda q, k, v, impl: mixed_attention(q, k, v, intervals, rope, impl=impl),
-        plain=lambda q, k, v: plain_attention(q, k, v, mask_TT, rope),
+        plain=lambda q, k, v: attention(q, k, v, mask_TT, rope, head_dim**-0.5),
     )
-
-
-def plain_attention(
-    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, mask_TT: Tensor, rope: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """Softmax attention under a dense mask, straight from the equation, in the dtype of its inputs."""
-    if rope is not None:
-        # The rotation is fp32 in every implementation; its result is rounded to the inputs' dtype.
-        cos, sin = (
-            torch.cat([x, x], -1)[:, None].to(torch.promote_types(q_THD.dtype, x.dtype)) for x in rope
-        )
-        q_THD, k_TGD = ((x * cos + _quarter_turn(x) * sin).to(x.dtype) for x in (q_THD, k_TGD))
-    group = q_THD.shape[1] // k_TGD.shape[1]
-    q_HTD = q_THD.transpose(0, 1)
-    k_HTD, v_HTD = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k_TGD, v_TGD))
-    score_HTT = q_HTD @ k_HTD.mT * q_THD.shape[-1] ** -0.5
-    # A row of -inf alone has no softmax; whatever it becomes is cleared by the mask.
-    lowest = torch.finfo(score_HTT.dtype).min
-    p_HTT = score_HTT.masked_fill(~mask_TT, lowest).softmax(-1).masked_fill(~mask_TT, 0)
-    return (p_HTT @ v_HTD).transpose(0, 1)
-
-
-def _quarter_turn(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
 
 
 def gram_problem(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laver_kernels import Intervals, mixed_attention
-from laver_kernels.mixed_attention.reference import find_blocks, plan_of
+from laver_kernels.mixed_attention.blocked import find_blocks, plan_of
 from laver_kernels.testing_masks import MASKS, dense_mask, intervals_of, many_image_documents
 
 

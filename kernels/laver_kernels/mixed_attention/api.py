@@ -7,7 +7,7 @@ from torch import Tensor
 
 from laver_kernels.backend import Impl, choose
 from laver_kernels.checks import autocast_dtype, want_tensor
-from laver_kernels.mixed_attention import reference
+from laver_kernels.mixed_attention import blocked
 from laver_kernels.mixed_attention.intervals import Intervals
 
 MAX_HEAD_DIM = 128  # beyond it the backward's accumulators no longer fit the registers
@@ -51,7 +51,7 @@ def mixed_attention(
 
         return triton.mixed_attention(q_THD, k_TGD, v_TGD, intervals, rope, softmax_scale)
     with torch.autocast(q_THD.device.type, enabled=False):
-        return reference.mixed_attention(q_THD, k_TGD, v_TGD, intervals, rope, softmax_scale)
+        return blocked.mixed_attention(q_THD, k_TGD, v_TGD, intervals, rope, softmax_scale)
 
 
 def _check(
