@@ -9,7 +9,7 @@ from laver_mcore.config.load import parse, to_yaml
 
 
 def main(argv: list[str]) -> int:
-    """Parse, build, run, close. Returns the exit status: 0, or 2 for input that cannot run."""
+    """Parse, build, run, close. Returns 0, 1 for training that cannot go on, or 2 for input that cannot run."""
     silence_megatron()
     try:
         config, actions = parse(argv)
@@ -22,11 +22,15 @@ def main(argv: list[str]) -> int:
     from laver_mcore.cli.dry_run import dry_run
     from laver_mcore.cli.run import run
     from laver_mcore.data.errors import DataError
+    from laver_mcore.megatron.checkpoints import SaveError
+    from laver_mcore.train.skips import DivergedError
 
     try:
         return dry_run(config) if actions.dry_run else run(config)
     except (ConfigError, DataError) as error:
         return refuse("pretrain_laver.py", error)
+    except (SaveError, DivergedError) as error:
+        return refuse("pretrain_laver.py", error, status=1)
 
 
 if __name__ == "__main__":  # Megatron's checkpoint writer spawns a process that imports this file again

@@ -1,7 +1,8 @@
 """Cases, oracles and error budgets: the one source for tests and benchmarks.
 
 A `Problem` holds an operation's inputs, our call, and the plain equation, written without a look at the
-implementations (attention's is `mixed_attention/reference.py`, under a mask made from the documents). The equation runs twice: in fp64 (the oracle) and in the inputs' own dtype (what eager PyTorch
+implementations (attention's is `mixed_attention/reference.py`, under a mask made from the documents).
+The equation runs twice: in fp64 (the oracle) and in the inputs' own dtype (what eager PyTorch
 makes of it). Ours may err against the oracle at most twice as much as eager does, output and every gradient.
 """
 

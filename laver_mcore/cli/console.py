@@ -16,13 +16,13 @@ def silence_megatron() -> None:
     warnings.filterwarnings("ignore", message="Please use DTensor instead")
 
 
-def refuse(program: str, error: Exception) -> int:
-    """Say what is wrong in one line, once for all ranks (every rank finds the same fault); returns exit status 2."""
+def refuse(program: str, error: Exception, status: int = 2) -> int:
+    """Say what is wrong in one line, once for all ranks (every rank finds the same fault); returns the exit status."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun stops all ranks when the first one leaves: let rank 0 speak
-    return 2
+    return status
 
 
 def run_and_leave(main: Callable[[list[str]], int]) -> NoReturn:
@@ -34,8 +34,12 @@ def run_and_leave(main: Callable[[list[str]], int]) -> NoReturn:
     try:
         status = main(sys.argv[1:])
     except (Exception, KeyboardInterrupt) as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            status = 130
+        else:
+            sys.excepthook(type(error), error, error.__traceback__)
+            status = 1
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError):  # whoever read it may be gone
         sys.stdout.flush()

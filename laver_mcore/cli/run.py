@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,18 @@ from laver_mcore.config.load import to_yaml
 from laver_mcore.config.objectives import section_of
 from laver_mcore.config.renamed import with_todays_keys
 from laver_mcore.config.schema import Config
-from laver_mcore.megatron import checkpoints, parallel
+from laver_mcore.data.serve.loader import DialogueData
+from laver_mcore.megatron import parallel
+from laver_mcore.megatron.intact import candidates
 from laver_mcore.model.parameters import format_trainable
 from laver_mcore.train import checkpoint
-from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
+from laver_mcore.train.build import BuildReport, build_data, build_engine, build_tokenizer, resolve_vocab_size
 from laver_mcore.train.checkpoint import Progress
 from laver_mcore.train.engine import Engine
 from laver_mcore.train.exit_signal import ExitSignal
 from laver_mcore.train.loop import train
 from laver_mcore.train.metrics import Metrics
+from laver_mcore.train.run_lock import RunLock
 
 _MAY_CHANGE = {
     "run": None,
@@ -67,7 +71,7 @@ def check_save_folder(config: Config) -> None:
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"save={directory} is a file; choose a folder")
     recipe = directory / "config.yaml"
-    if not recipe.is_file() and checkpoints.latest_iteration(directory) is None:
+    if not recipe.is_file() and not candidates(directory):
         return
     difference = None
     if recipe.is_file():
@@ -97,7 +101,7 @@ def _resume(engine: Engine, config: Config, fingerprint: str) -> Progress:
     directory = config.run.load
     if directory is None:
         return Progress()
-    if checkpoints.latest_iteration(directory) is None:
+    if not candidates(directory):
         if directory != config.run.save and not Path(directory).is_dir():
             raise ConfigError(f"load={directory} does not exist")
         _say(f"no checkpoint in {directory} yet: starting from iteration 0", engine.topology.is_last_rank)
@@ -152,7 +156,32 @@ def train_run(config: Config, device: torch.device) -> Engine:
     progress = _resume(engine, config, data.fingerprint())
     progress = skip_ahead(progress, config)
     dist.barrier()  # nobody writes before everybody has looked
-    _announce(engine, str(decide(config.train.kernels, device)), len(data.samples), report)
+    with _locked(config, topology.rank):
+        _train(engine, data, progress, report, config)
+    return engine
+
+
+@contextlib.contextmanager
+def _locked(config: Config, rank: int) -> Iterator[None]:
+    """Own the folder that the run writes, on rank 0; all ranks raise what it finds."""
+    lock = RunLock(config.run.save) if config.run.save and rank == 0 else contextlib.nullcontext()
+    with contextlib.ExitStack() as stack:
+        found: list[str | None] = [None]
+        try:
+            stack.enter_context(lock)
+        except ConfigError as error:
+            found = [str(error)]
+        dist.broadcast_object_list(found)
+        if found[0] is not None:
+            raise ConfigError(found[0])
+        yield
+
+
+def _train(
+    engine: Engine, data: DialogueData, progress: Progress, report: BuildReport, config: Config
+) -> None:
+    topology = engine.topology
+    _announce(engine, str(decide(config.train.kernels, topology.device)), len(data.samples), report)
     if config.run.save and topology.rank == 0:
         Path(config.run.save).mkdir(parents=True, exist_ok=True)
         (Path(config.run.save) / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -169,10 +198,9 @@ def train_run(config: Config, device: torch.device) -> Engine:
     finally:
         if metrics is not None:
             metrics.close()
-    return engine
 
 
-def _announce(engine: Engine, kernels: str, num_samples: int, report: Any) -> None:
+def _announce(engine: Engine, kernels: str, num_samples: int, report: BuildReport) -> None:
     topology, config = engine.topology, engine.config
     lines = [
         f"{config.model.model}: {num_samples:,} dialogues, {config.train.train_iters:,} iterations of "

@@ -13,6 +13,7 @@ from laver_mcore.config.architecture import AttentionConfig as AttentionConfig
 from laver_mcore.config.architecture import ModelConfig as ModelConfig
 from laver_mcore.config.architecture import VisionConfig as VisionConfig
 from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.running import RunConfig as RunConfig
 from laver_mcore.config.targets import TargetEncoder
 
 
@@ -134,50 +135,6 @@ class TrainConfig:
     """Implementation of mixed attention and losses."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers of Transformer Engine, or Megatron's local ones; auto takes Transformer Engine where installed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Where a run writes and what it starts from."""
-
-    save: str | None = None
-    """Folder of everything the run writes: metrics.jsonl, config.yaml, tensorboard/, iter_0000100/ ..."""
-    load: str | None = None
-    """Folder of a run to resume exactly where its last checkpoint stands."""
-    pretrained_checkpoint: str | None = None
-    """Folder of a run whose weights to start from, at iteration 0 with a fresh optimizer (the stage before)."""
-    hf_path: str | None = None
-    """Hugging Face directory of a Qwen2.5 text model: the decoder's shape and starting weights."""
-    allow_pickle: bool = False
-    """Accept pickled weights in hf_path where it has no safetensors."""
-    skip_to: int | None = None
-    """Step (from 0) from which data is taken, past what lies between; iterations and schedules go on as they were."""
-    save_interval: int | None = None
-    """Iterations between checkpoints; one is always written at the end."""
-    exit_interval: int | None = None
-    """Stop (after saving) at the first iteration divisible by this; the schedules still span train_iters."""
-    exit_signal_handler: bool = False
-    """On SIGTERM finish the step, save and exit with status 0, on all ranks; otherwise the run ends at once."""
-    log_interval: int = 1
-    """Iterations between metrics lines."""
-    tensorboard: bool = True
-    """Write DIR/tensorboard."""
-    wandb_project: str | None = None
-    """Also log to this Weights & Biases project (needs `pip install wandb`)."""
-    wandb_exp_name: str | None = None
-    """Name of the run there."""
-    peak_tflops: float | None = None
-    """Peak rate of one device in TFLOP/s, which mfu and hfu are shares of; known for A100, H100, H200 and B200."""
-    profile: bool = False
-    """Trace some iterations with torch's profiler into DIR/profile, for TensorBoard or chrome://tracing."""
-    profile_step_start: int = 10
-    """First iteration of the trace."""
-    profile_step_end: int = 12
-    """Iteration before which the trace ends."""
-    profile_ranks: tuple[int, ...] = (0,)
-    """Ranks that are traced."""
-    record_memory_history: bool = False
-    """With the trace, also write the history of GPU memory (for pytorch.org/memory_viz)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ Either is written beside its destination first and moved there when it is comple
 
 import io
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ from laver_mcore.convert.names import (
 )
 from laver_mcore.convert.safetensors_directory import TensorToWrite, Weights, open_weights, write_safetensors
 from laver_mcore.megatron import checkpoints
+from laver_mcore.megatron.intact import newest_intact
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COMPANIONS = (
@@ -178,12 +182,12 @@ def export_decoder(
 
 def open_run(load: str | Path) -> tuple[Config, CheckpointReader]:
     """Recipe and newest checkpoint of a run's folder."""
-    iteration = checkpoints.latest_iteration(load)
-    if iteration is None:
-        raise ConversionError(f"{load} holds no checkpoint ({checkpoints.TRACKER} is missing)")
+    folder, passed = newest_intact(load)
+    for line in passed:
+        logger.warning("%s", line)
     config = from_recipe(Path(load) / "config.yaml")
     config = replace(config, model=fill_from_preset(config.model))
-    return config, CheckpointReader(checkpoints.checkpoint_folder(load, iteration))
+    return config, CheckpointReader(folder)
 
 
 def decoder_tensors(

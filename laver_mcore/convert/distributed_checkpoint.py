@@ -33,6 +33,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from laver_mcore.convert.errors import ConversionError
+from laver_mcore.megatron.intact import seal
+from laver_mcore.megatron.unpickling import reading
 
 BLOCK_BYTES = 256 * 2**20
 """Vocabulary tensors are cut into blocks of rows of at most this size."""
@@ -102,6 +104,7 @@ def write_checkpoint(
     dcp.save({}, storage_writer=writer, planner=_BlockPlanner(blocks, objects), no_dist=True)
     torch.save(common, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist"), str(folder))
+    seal(folder)
 
 
 class _RegionPlanner(DefaultLoadPlanner):
@@ -121,18 +124,14 @@ class _RegionPlanner(DefaultLoadPlanner):
 
 
 class CheckpointReader:
-    """Random access to the tensors of one checkpoint folder; `ConversionError` if it is none or damaged."""
+    """Random access to the tensors of one checkpoint folder; `CheckpointError` if it is none or damaged."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "metadata.json").is_file():
-            raise ConversionError(f"{folder} is not a complete checkpoint: metadata.json is missing")
         self._reader = dcp.FileSystemReader(self.folder)
-        try:
+        with reading(self.folder):
             self._metadata = self._reader.read_metadata()
-            self.common: dict[str, Any] = torch.load(self.folder / "common.pt", weights_only=False)
-        except (OSError, EOFError, RuntimeError, ValueError) as error:
-            raise ConversionError(f"{folder} is not a readable checkpoint ({_reason(error)})") from None
+            self.common: dict[str, Any] = torch.load(self.folder / "common.pt")
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         entries = self._metadata.state_dict_metadata
         self._tensors = {k: v for k, v in entries.items() if isinstance(v, TensorStorageMetadata)}
@@ -164,19 +163,11 @@ class CheckpointReader:
         target = torch.empty(sizes, dtype=entry.properties.dtype)
         wanted = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, entry, [wanted])
-        try:
+        with reading(self.folder):
             self._reader.read_data(LoadPlan(items), _RegionPlanner(target)).wait()
-        except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-            raise ConversionError(
-                f"{self.folder}: {key} cannot be read ({_reason(error)}); copy the checkpoint again"
-            ) from None
         return target if layer is None else target[0]
 
     def _entry(self, key: str) -> TensorStorageMetadata:
         if key not in self._tensors:
             raise ConversionError(f"{self.folder} has no {key}; it is of another model")
         return self._tensors[key]
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().split("\n")[0][:200]

@@ -5,5 +5,9 @@ cpu.py                "cuda" means "cpu" (or "meta") on a machine without CUDA
 parallel.py           process groups -> Topology
 optimizer.py          Megatron's optimizer, and where it keeps fp32 masters
 weight_shards.py      which elements of a parameter a data-parallel rank keeps
-checkpoint_folder.py  where checkpoints lie, and which is the newest
+lazy.py               rows of a parameter that rest in steps without a gradient of theirs
+segments.py           a stage's layers with looks in between
+checkpoints.py        where checkpoints lie, and which are of one model
+intact.py             checksums, and the newest checkpoint that is whole
+unpickling.py         checkpoints read without running what stands in them
 """

@@ -1,5 +1,6 @@
 """Where Megatron's checkpoints lie, which one is the newest, and what says that two are of one model."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,28 @@ class CheckpointError(ConfigError):
     """A checkpoint that cannot be used; the message is one line."""
 
 
+class SaveError(RuntimeError):
+    """A checkpoint that could not be written; those before it are as they were. The message is one line."""
+
+
+def reason_of(error: BaseException) -> str:
+    """One line for an error of PyTorch or Megatron-Core: of the first rank that failed, in the system's words."""
+    failures = getattr(error, "failures", None)
+    if isinstance(failures, dict) and failures:
+        inner = next(iter(failures.values()))
+        return reason_of(inner[0] if isinstance(inner, tuple) else inner)
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno is not None:
+            known = os.strerror(seen.errno)
+            return known if seen.strerror in (None, known) else f"{known}: {seen.strerror}"
+        seen = seen.__cause__ or seen.__context__
+    return (str(error) or type(error).__name__).strip().split("\n")[0][:200]
+
+
 def checkpoint_folder(directory: str | Path, iteration: int) -> Path:
     """Folder of one checkpoint, as Megatron names it."""
     return Path(directory) / f"iter_{iteration:07d}"
-
-
-def latest_iteration(directory: str | Path) -> int | None:
-    """Iteration of the newest complete checkpoint under `directory`, or None."""
-    tracker = Path(directory) / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
-        raise CheckpointError(f"{tracker} holds {text!r}, not an iteration number")
-    return int(text)
 
 
 def identity(config: Config, vocab_size: int) -> dict[str, Any]:

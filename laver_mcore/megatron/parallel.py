@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,6 +12,7 @@ from megatron.core import parallel_state as mpu
 
 from laver_mcore.config.schema import ParallelConfig
 from laver_mcore.megatron import cpu
+from laver_mcore.processes import end_with_parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,11 @@ class Topology:
         return self.tp_cp_group.rank()
 
     @property
+    def speaks_for_samples(self) -> bool:
+        """Whether this rank, of all that hold the same batches, names their samples."""
+        return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0 and self.cp_rank == 0
+
+    @property
     def num_chunks(self) -> int:
         """Model chunks held by this rank (more than one under the interleaved schedule)."""
         return self.vp_size or 1
@@ -75,6 +82,8 @@ class Topology:
 
 def init_distributed(timeout_minutes: int = 30) -> torch.device:
     """Join the process group that torchrun describes (or a group of one) and return this rank's device."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGTERM)  # a rank whose torchrun is gone saves, and stops
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")

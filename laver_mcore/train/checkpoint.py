@@ -1,15 +1,17 @@
 """Distributed checkpoints: save, resume, and start from another run's weights.
 
-    DIR/latest_checkpointed_iteration.txt      written last, so a save that was cut short is never picked up
-    DIR/iter_0000100/                          torch_dist format, reshards over TP, PP and DP
+    DIR/iter_0000100.saving/                   on its way
+    DIR/iter_0000100/                          torch_dist format with checksums; has its name once it is whole
+    DIR/latest_checkpointed_iteration.txt      written last
 
 Holds model, teacher, optimizer, centre, RNG, iteration and data position. Tensors are stored by global name and
 offset, so a run continues on any layout.
 """
 
+import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,15 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from laver_mcore.config.schema import Config
-from laver_mcore.megatron.checkpoints import (
-    TRACKER,
-    CheckpointError,
-    checkpoint_folder,
-    identity,
-    latest_iteration,
-)
+from laver_mcore.megatron.checkpoints import CheckpointError, SaveError, checkpoint_folder, identity
+from laver_mcore.megatron.intact import newest_intact, seal
 from laver_mcore.megatron.optimizer import allocate_state, coalesced_offsets, load_state
+from laver_mcore.megatron.publishing import check_space, own_writers, publish, writing
+from laver_mcore.megatron.unpickling import reading
 from laver_mcore.model.vision_language import VisionLanguageModel
 from laver_mcore.train.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 
 def _metadata() -> dict[str, Any]:
@@ -49,6 +50,11 @@ class Progress:
 
     iteration: int = 0
     consumed_rows: int = 0
+    skipped: int = 0
+    """Steps that changed nothing, for their gradients were not finite."""
+
+
+_PROGRESS = tuple(f.name for f in fields(Progress))
 
 
 def _nested(tree: Any) -> Iterator[Any]:
@@ -134,18 +140,37 @@ def _rng_state(engine: Engine) -> ShardedObject:
     )
 
 
+def check_finite(chunks: list[VisionLanguageModel]) -> None:
+    """`SaveError` on all ranks where a weight is not finite: such a checkpoint is worth less than the one before."""
+    names = [
+        name
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+        if not bool(torch.isfinite(parameter).all())
+    ]
+    gathered: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, names)
+    found = [name for part in gathered for name in part]
+    if found:
+        raise SaveError(f"not saved: {found[0]} and {len(found) - 1} other weights are not finite")
+
+
 def _layout(engine: Engine) -> list[int]:
     topology = engine.topology
     return [topology.tp_size, topology.pp_size, topology.cp_size, topology.dp_size]
 
 
 def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerprint: str) -> Path:
-    """Write one checkpoint of everything a resume needs; returns its folder. All ranks take part."""
+    """Write one checkpoint of everything a resume needs; returns its folder. All ranks take part.
+
+    `SaveError` on all ranks where it cannot be written; what was saved before is as it was.
+    """
     folder = checkpoint_folder(directory, progress.iteration)
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # left by a save that was cut short
-        folder.mkdir(parents=True)
-    dist.barrier()
+    aside = folder.with_name(f"{folder.name}.saving")
+    with writing(aside):
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)  # left by a save that was cut short
+            aside.mkdir(parents=True)
     if engine.config.parallel.overlap_param_gather:
         for wrapped in engine.models:
             wrapped.start_param_sync(force_sync=True)
@@ -162,28 +187,27 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
         "identity": identity(engine.config, engine.vocab_size),
         "data": data_fingerprint,
     }
-    dist_checkpointing.save(state, str(folder), content_metadata=_metadata())
-    dist.barrier()
-    if dist.get_rank() == 0:
-        tracker = Path(directory) / TRACKER
-        partial = tracker.with_suffix(".tmp")
-        partial.write_text(str(progress.iteration), encoding="utf-8")
-        partial.replace(tracker)
-    dist.barrier()
+    check_finite(engine.chunks)
+    check_space(state, aside)
+    own_writers()
+    with writing(aside):
+        dist_checkpointing.save(state, str(aside), content_metadata=_metadata())
+    with writing(aside):
+        seal(aside)
+    with writing(aside):
+        publish(aside, folder)
     return folder
 
 
 def _open(
-    directory: str | Path, wanted_identity: dict[str, Any], *, may_lack_vision: bool = False
+    directory: str | Path, wanted_identity: dict[str, Any], *, verify: bool, may_lack_vision: bool = False
 ) -> tuple[Path, dict[str, Any]]:
-    """Folder and common state of the newest checkpoint, after checking that it is of this model."""
-    iteration = latest_iteration(directory)
-    if iteration is None:
-        raise CheckpointError(f"{directory} holds no checkpoint ({TRACKER} is missing)")
-    folder = checkpoint_folder(directory, iteration)
-    if not (folder / "metadata.json").is_file():
-        raise CheckpointError(f"{folder} is not a complete checkpoint: metadata.json is missing")
-    common = dist_checkpointing.load_common_state_dict(str(folder))
+    """Folder and common state of the newest whole checkpoint, after checking that it is of this model."""
+    folder, passed = newest_intact(directory, verify=verify)
+    for line in passed if dist.get_rank() == 0 else ():
+        logger.warning("%s", line)
+    with reading(folder):
+        common = dist_checkpointing.load_common_state_dict(str(folder))
     stored = {"normalize_visual_tokens": False} | common.get("identity", {})
     for name, wanted in wanted_identity.items():
         if (
@@ -201,7 +225,9 @@ def _open(
 
 def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progress:
     """Resume: load everything into `engine` and return where the run stood. Raises `CheckpointError`."""
-    folder, common = _open(directory, identity(engine.config, engine.vocab_size))
+    folder, common = _open(
+        directory, identity(engine.config, engine.vocab_size), verify=engine.config.run.verify_checkpoint
+    )
     if common["data"] != data_fingerprint:
         raise CheckpointError(
             f"{folder} was trained on other data (records, tokenizer, seed or lengths changed); to start anew from its "
@@ -223,7 +249,8 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
     same_layout = common["layout"] == _layout(engine)
     if same_layout:
         state["rng"] = _rng_state(engine)
-    loaded = dist_checkpointing.load(state, str(folder))
+    with reading(folder):
+        loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(engine.chunks):
         chunk.load_state_dict(loaded[f"model{i}"])
     if "optimizer" in loaded:
@@ -234,7 +261,7 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
         tensor.copy_(loaded["objective"][name])
     if same_layout:
         _restore_rng(loaded["rng"])
-    return Progress(**common["progress"])
+    return Progress(**{name: value for name, value in common["progress"].items() if name in _PROGRESS})
 
 
 def _restore_rng(state: dict[str, Any]) -> None:
@@ -252,11 +279,14 @@ def load_weights(
     Returns the names of parts that it does not have and that keep their fresh values; only the objective's own (and
     the visual path, where the other run was on text alone) may be missing, anything else raises `CheckpointError`.
     """
-    folder, common = _open(directory, identity(config, vocab_size), may_lack_vision=True)
+    folder, common = _open(
+        directory, identity(config, vocab_size), verify=config.run.verify_checkpoint, may_lack_vision=True
+    )
     # Weights converted from a text model have no visual path: connector and patches start fresh, a tower has its own.
     visual = ("connector.", "vision_encoder.") if common["identity"]["vision"] == "none" else ()
     own = {weight.name for weight in config.objective.parameters(config)}
-    stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
+    with reading(folder):
+        stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
     fresh: set[str] = set()
     model = _model_state(chunks)
     for part in model.values():
@@ -267,7 +297,8 @@ def load_weights(
                     raise CheckpointError(f"{folder} has no {key}; it is of another model")
                 fresh.add(key)
                 del part[name]
-    loaded = dist_checkpointing.load(model, str(folder))
+    with reading(folder):
+        loaded = dist_checkpointing.load(model, str(folder))
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{i}"], strict=not fresh)
     return sorted(fresh)

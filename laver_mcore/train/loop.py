@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.data.serve.exchange import connect
 from laver_mcore.data.serve.loader import DialogueData
 from laver_mcore.megatron import checkpoints
+from laver_mcore.megatron.publishing import prune
 from laver_mcore.train import checkpoint
 from laver_mcore.train.checkpoint import Progress
 from laver_mcore.train.counts import SIMILARITY
 from laver_mcore.train.engine import Engine
 from laver_mcore.train.metrics import Metrics
 from laver_mcore.train.profiling import Profiler
+from laver_mcore.train.skips import Skips
 from laver_mcore.train.step import StepResult, check_teacher_moved, train_step
 
 
@@ -54,7 +57,8 @@ def _after(state: RunState, result: StepResult, engine: Engine) -> RunState:
         iteration = state.progress.iteration + 1
         check_teacher_moved(iteration, distance, move.momentum, bool(moved) and teacher_trains)
         moved = False
-    progress = Progress(
+    progress = replace(
+        state.progress,
         iteration=state.progress.iteration + 1,
         consumed_rows=state.progress.consumed_rows + engine.config.train.global_batch_size,
     )
@@ -172,9 +176,10 @@ def _train(
     told_to_stop: Callable[[], bool],
 ) -> Progress:
     config, topology, total = engine.config, engine.topology, engine.config.train.train_iters
-    state = RunState(progress=progress)
+    state = RunState(progress=progress, skipped=progress.skipped)
+    listed = Path(config.run.save) / "skipped.jsonl" if config.run.save else None
+    skips = Skips(config.run.max_skipped, listed, speaks=topology.speaks_for_samples)
     fingerprint = data.fingerprint()
-    saved = progress.iteration
     profiler, interval = Profiler(config.run, topology.rank), _Interval(engine, enabled=metrics is not None)
     for batches in steps:
         profiler.begin(state.progress.iteration + 1)
@@ -182,6 +187,7 @@ def _train(
         interval.add(result)
         state = _after(state, result, engine)
         iteration = state.progress.iteration
+        skips.add(iteration, result.applied, batches)
         exiting = iteration == total or _due(iteration, config.run.exit_interval) or told_to_stop()
         profiler.end(iteration, exiting=exiting)
         if metrics is not None and _due(iteration, config.run.log_interval):
@@ -190,10 +196,31 @@ def _train(
             metrics.write(row | columns, seconds)
             interval.restart()
         if config.run.save and (exiting or _due(iteration, config.run.save_interval)):
-            checkpoint.save(engine, config.run.save, state.progress, fingerprint)
-            saved = iteration
+            skips.look()
+            try:
+                if (
+                    skips.in_a_row and not exiting
+                ):  # weights that give such gradients are worth less than those before
+                    raise checkpoints.SaveError(
+                        f"iteration {iteration}: not saved (the last {skips.in_a_row} steps were skipped)"
+                    )
+                _save(engine, state, fingerprint)
+            except checkpoints.SaveError as error:
+                if exiting:
+                    raise
+                if topology.is_last_rank:
+                    print(f"{error}; going on, the next save is tried", flush=True)
             interval.restart()
         if exiting:
             break
-    assert config.run.save is None or saved == state.progress.iteration
+    skips.look()
     return state.progress
+
+
+def _save(engine: Engine, state: RunState, fingerprint: str) -> None:
+    """Write a checkpoint, and delete those that the recipe does not keep; `SaveError` where it cannot be written."""
+    run = engine.config.run
+    assert run.save is not None
+    progress = replace(state.progress, skipped=int(state.skipped))
+    checkpoint.save(engine, run.save, progress, fingerprint)
+    prune(run.save, keep_last=run.keep_last, keep_every=run.keep_every)

@@ -1,6 +1,7 @@
 """What a run says: metrics.jsonl, TensorBoard, W&B, Megatron's iteration line, a progress bar on a terminal."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,10 @@ def _truncate(path: Path, iteration: int) -> None:
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
+    if iteration == 0 and lines:  # another run's, or one whose checkpoints are gone: kept, whatever it was
+        number = 1 + sum(1 for _ in path.parent.glob(f"{path.stem}.before-*{path.suffix}"))
+        path.rename(path.with_name(f"{path.stem}.before-{number}{path.suffix}"))
+        return
     kept = []
     for line in lines:
         try:
@@ -45,6 +50,11 @@ def _truncate(path: Path, iteration: int) -> None:
         except (json.JSONDecodeError, KeyError):
             continue  # the last line of a run that was killed while writing it
     path.write_text("".join(kept), encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Metrics:
@@ -81,7 +91,7 @@ class Metrics:
     def write(self, row: dict[str, Any], seconds: float) -> None:
         """Record one iteration; `seconds` is the time it took."""
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(json.dumps({k: _finite(v) for k, v in row.items()}, allow_nan=False) + "\n")
             self._file.flush()
         numbers = {k: v for k, v in row.items() if k != "iteration" and v is not None}
         if self._tensorboard is not None:

@@ -25,7 +25,7 @@ WAITING = (
     "equal",
 )
 PROJECT = ("laver_mcore", "laver_kernels", "megatron")
-ON_CPU_ONLY = ("reference.py", "intervals.py", "api.py")
+ON_CPU_ONLY = ("blocked.py", "intervals.py", "api.py")
 """The kernels' references, and their checks of values that they do not look at on a GPU."""
 WARM_UP = 2
 

@@ -11,7 +11,7 @@ from integration.harness import REPOSITORY, environment, read_metrics, torchrun
 def test_sigterm_saves_and_the_run_continues(data_directory, tmp_path):
     run = tmp_path / "run"
     flags = f"--config {data_directory / 'recipe.yaml'} --save {run} --load {run} --train-iters 100000"
-    argv = ["pretrain_laver.py", *flags.split(), "--no-tensorboard", "--exit-signal-handler"]
+    argv = ["pretrain_laver.py", *flags.split(), "--no-tensorboard"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *argv]
     log = tmp_path / "log"
     with log.open("w") as file:

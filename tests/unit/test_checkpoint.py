@@ -12,7 +12,7 @@ from sample_run import write_recipe, write_sample_data
 from laver_mcore.cli.run import check_save_folder, skip_ahead
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse, to_yaml
-from laver_mcore.megatron import checkpoints, parallel
+from laver_mcore.megatron import parallel
 from laver_mcore.megatron.checkpoints import CheckpointError
 from laver_mcore.train import checkpoint
 from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
@@ -180,19 +180,6 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(saved, recipe, device, t
     checkpoint.save(engine, tmp_path, Progress(iteration=2, consumed_rows=8), FINGERPRINT)
     assert checkpoint.load(engine, tmp_path, FINGERPRINT) == Progress(iteration=2, consumed_rows=8)
     assert sorted(p.name for p in tmp_path.glob("iter_*")) == ["iter_0000001", "iter_0000002"]
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"), [("12", 12), (" 0\n", 0), ("newest", "holds 'newest', not an iteration number")]
-)
-def test_tracker(tmp_path, text, wanted):
-    folder = written(tmp_path, text)
-    if isinstance(wanted, int):
-        assert checkpoints.latest_iteration(folder) == wanted
-    else:
-        with pytest.raises(CheckpointError, match=wanted):
-            checkpoints.latest_iteration(folder)
-    assert checkpoints.latest_iteration(tmp_path / "nowhere") is None
 
 
 def test_progress_counts_iterations_and_rows(recipe):

@@ -27,6 +27,7 @@ class Batch:
     visual_rows_N: Tensor  # int64, ascending: where the visual tokens are, image by image, row by row
     image_grids: tuple[tuple[int, int], ...]  # I x (height, width) in tokens, in the order of visual_rows_N
     image_keys: tuple[tuple[str, int], ...]  # I x (sample key, index of the image in its sample)
+    sample_keys: tuple[str, ...]  # of every sample, in order
     document_lengths: tuple[int, ...]  # tokens of each sample, in order; their sum is the unpadded length
     pixels: Tensor | None = None  # the tower's input for the share of the images that was asked for
     targets: Tensor | None = None  # of the same images: pixels for a frozen encoder, or its features
@@ -98,6 +99,7 @@ def collate(
             for key, sample in zip(keys, samples, strict=True)
             for index in range(len(sample.image_spans))
         ),
+        sample_keys=tuple(keys),
         document_lengths=tuple(lengths),
         pixels=pixels,
         targets=targets,

@@ -16,8 +16,9 @@ PACKAGE = "laver_mcore"
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config": (),
     "device": (),
+    "processes": (),
     "shapes": ("config",),
-    "megatron": ("config",),
+    "megatron": ("config", "processes"),
     "data.errors": (),
     "data.randomness": (),
     "data.images": ("data.errors", "device"),
@@ -68,7 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "generate": ("data.images", "data.order", "data.sequence", "model", "train.pipeline"),
     "plan": ("accounting", "config"),
     "demo": (),
-    "cli": ("accounting", "config", "laver_kernels", "megatron", "model", "train"),
+    "cli": ("accounting", "config", "data.serve", "laver_kernels", "megatron", "model", "train"),
 }
 MEGATRON_FREE = ("accounting", "plan", "config", "shapes", "data", "objectives", "demo", "device")
 MEGATRON_FREE_MODULES = ("train.schedules", "train.metrics", "cli.console")

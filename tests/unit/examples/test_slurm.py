@@ -67,8 +67,8 @@ def test_torchrun_on_every_node_meets_on_the_first_and_resumes(launch):
         "--nproc-per-node=4",
         "--rdzv-endpoint=node7:21234",
         "python3 -m torch.distributed.run",
-        "pretrain_laver.py --config recipe.yaml --save runs/a --load runs/a --exit-signal-handler",
-        "--exit-signal-handler --tensor-model-parallel-size 4",
+        "pretrain_laver.py --config recipe.yaml --save runs/a --load runs/a",
+        "--tensor-model-parallel-size 4",
     ):
         assert part in call
 

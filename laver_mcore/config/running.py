@@ -1,0 +1,55 @@
+"""What a run writes, starts from and does at its end."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run writes and what it starts from."""
+
+    save: str | None = None
+    """Folder of everything the run writes: metrics.jsonl, config.yaml, tensorboard/, iter_0000100/ ..."""
+    load: str | None = None
+    """Folder of a run to resume exactly where its last whole checkpoint stands."""
+    pretrained_checkpoint: str | None = None
+    """Folder of a run whose weights to start from, at iteration 0 with a fresh optimizer (the stage before)."""
+    hf_path: str | None = None
+    """Hugging Face directory of a Qwen2.5 text model: the decoder's shape and starting weights."""
+    allow_pickle: bool = False
+    """Accept pickled weights in hf_path where it has no safetensors."""
+    skip_to: int | None = None
+    """Step (from 0) from which data is taken, past what lies between; iterations and schedules go on as they were."""
+    save_interval: int | None = None
+    """Iterations between checkpoints; one is always written at the end."""
+    keep_last: int | None = None
+    """Keep so many of the newest checkpoints and delete older ones; all by default."""
+    keep_every: int | None = None
+    """With keep_last, keep besides them those whose iteration is divisible by this."""
+    verify_checkpoint: bool = True
+    """Compare every file of a checkpoint with its checksum before loading it; off looks at names and sizes alone."""
+    max_skipped: int = 10
+    """Stop after so many skipped steps (gradients that are not finite) in a row; checkpoints stay as they are."""
+    exit_interval: int | None = None
+    """Stop (after saving) at the first iteration divisible by this; the schedules still span train_iters."""
+    exit_signal_handler: bool = True
+    """On SIGTERM, SIGUSR1, SIGHUP and Ctrl-C finish the step, save and exit with status 0, on all ranks."""
+    log_interval: int = 1
+    """Iterations between metrics lines."""
+    tensorboard: bool = True
+    """Write DIR/tensorboard."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (needs `pip install wandb`)."""
+    wandb_exp_name: str | None = None
+    """Name of the run there."""
+    peak_tflops: float | None = None
+    """Peak rate of one device in TFLOP/s, which mfu and hfu are shares of; known for A100, H100, H200 and B200."""
+    profile: bool = False
+    """Trace some iterations with torch's profiler into DIR/profile, for TensorBoard or chrome://tracing."""
+    profile_step_start: int = 10
+    """First iteration of the trace."""
+    profile_step_end: int = 12
+    """Iteration before which the trace ends."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that are traced."""
+    record_memory_history: bool = False
+    """With the trace, also write the history of GPU memory (for pytorch.org/memory_viz)."""

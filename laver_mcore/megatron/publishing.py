@@ -1,0 +1,105 @@
+"""A checkpoint is written aside and published by one rename; one that cannot be written is one line, on all ranks."""
+
+import contextlib
+import errno
+import multiprocessing
+import shutil
+from collections.abc import Iterator
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
+
+from laver_mcore.megatron.checkpoints import TRACKER, SaveError, checkpoint_folder, reason_of
+from laver_mcore.megatron.intact import saved_iterations
+from laver_mcore.processes import end_with_parent
+
+_SPARE = 1.05
+"""Space that is wanted beyond the tensors' own bytes, for what describes them."""
+
+
+def check_space(state: dict[str, Any], aside: Path) -> None:
+    """`SaveError` on all ranks where the disk that holds `aside` has no room for the tensors of `state`."""
+    mine = sum(
+        tensor.data.numel() * tensor.data.element_size()
+        for tensor in _tensors(state)
+        if tensor.data is not None and is_main_replica(tensor.replica_id)
+    )
+    needed = torch.tensor([mine], dtype=torch.int64, device=torch.cuda.current_device())
+    dist.all_reduce(needed)
+    with writing(aside):
+        free, wanted = shutil.disk_usage(aside).free, int(int(needed) * _SPARE)
+        if free < wanted:
+            raise OSError(errno.ENOSPC, f"{free / 2**30:.2f} GiB free, {wanted / 2**30:.2f} needed")
+
+
+def _tensors(tree: Any) -> Iterator[ShardedTensor]:
+    if isinstance(tree, ShardedTensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _tensors(value)
+
+
+@contextlib.contextmanager
+def writing(aside: Path) -> Iterator[None]:
+    """Context of a part of a save, which ends with all ranks knowing whether any of them failed: `SaveError` on all.
+
+    What has been written of `aside` is deleted then.
+    """
+    fault = None
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
+        fault = reason_of(error)
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    found = next((each for each in faults if each), None)
+    if found is not None:
+        if dist.get_rank() == 0 and aside.name.endswith(".saving"):
+            shutil.rmtree(aside, ignore_errors=True)
+        raise SaveError(
+            f"{aside.with_suffix('') if aside.suffix == '.saving' else aside}: not saved ({found})"
+        )
+
+
+def own_writers() -> None:
+    """Let the process in which Megatron-Core collects what its writers report end with this one, however that ends."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
+
+
+def publish(aside: Path, folder: Path) -> None:
+    """Give a finished checkpoint its name, and point the tracker at it; rank 0 does."""
+    if dist.get_rank() != 0:
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # the same iteration, saved before
+    aside.replace(folder)
+    tracker = folder.parent / TRACKER
+    partial = tracker.with_suffix(".tmp")
+    partial.write_text(str(int(folder.name.removeprefix("iter_"))), encoding="utf-8")
+    partial.replace(tracker)
+
+
+def prune(directory: str | Path, *, keep_last: int | None, keep_every: int | None) -> None:
+    """Delete old checkpoints: all but the `keep_last` newest and those divisible by `keep_every`; rank 0 does."""
+    if keep_last is None or dist.get_rank() != 0:
+        return
+    for iteration in saved_iterations(directory)[keep_last:]:
+        if keep_every is None or iteration % keep_every:
+            folder = checkpoint_folder(directory, iteration)
+            doomed = folder.with_name(f"{folder.name}.deleted")  # never half a checkpoint under its own name
+            with contextlib.suppress(OSError):
+                folder.replace(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
