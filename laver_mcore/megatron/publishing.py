@@ -4,7 +4,7 @@ import contextlib
 import errno
 import multiprocessing
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,21 @@ from laver_mcore.processes import end_with_parent
 
 _SPARE = 1.05
 """Space that is wanted beyond the tensors' own bytes, for what describes them."""
+
+
+def check_finite(chunks: Sequence[torch.nn.Module]) -> None:
+    """`SaveError` on all ranks where a weight is not finite: such a checkpoint is worth less than the one before."""
+    names = [
+        name
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+        if not bool(torch.isfinite(parameter).all())
+    ]
+    gathered: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, names)
+    found = [name for part in gathered for name in part]
+    if found:
+        raise SaveError(f"not saved: {found[0]} and {len(found) - 1} other weights are not finite")
 
 
 def check_space(state: dict[str, Any], aside: Path) -> None:

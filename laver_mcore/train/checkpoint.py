@@ -23,10 +23,10 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from laver_mcore.config.schema import Config
-from laver_mcore.megatron.checkpoints import CheckpointError, SaveError, checkpoint_folder, identity
+from laver_mcore.megatron.checkpoints import CheckpointError, checkpoint_folder, identity
 from laver_mcore.megatron.intact import newest_intact, seal
 from laver_mcore.megatron.optimizer import allocate_state, coalesced_offsets, load_state
-from laver_mcore.megatron.publishing import check_space, own_writers, publish, writing
+from laver_mcore.megatron.publishing import check_finite, check_space, own_writers, publish, writing
 from laver_mcore.megatron.unpickling import reading
 from laver_mcore.model.vision_language import VisionLanguageModel
 from laver_mcore.train.engine import Engine
@@ -138,21 +138,6 @@ def _rng_state(engine: Engine) -> ShardedObject:
         (topology.pp_rank, topology.tp_rank, topology.dp_cp_group.rank()),
         replica_id=0,
     )
-
-
-def check_finite(chunks: list[VisionLanguageModel]) -> None:
-    """`SaveError` on all ranks where a weight is not finite: such a checkpoint is worth less than the one before."""
-    names = [
-        name
-        for chunk in chunks
-        for name, parameter in chunk.named_parameters()
-        if not bool(torch.isfinite(parameter).all())
-    ]
-    gathered: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(gathered, names)
-    found = [name for part in gathered for name in part]
-    if found:
-        raise SaveError(f"not saved: {found[0]} and {len(found) - 1} other weights are not finite")
 
 
 def _layout(engine: Engine) -> list[int]:

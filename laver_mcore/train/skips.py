@@ -41,16 +41,19 @@ class Skips:
         if not self._pending:
             return
         flags = torch.stack([applied for _, applied, _ in self._pending]).tolist()
+        reached = None
         for (iteration, _, batches), applied in zip(self._pending, flags, strict=True):
             self.in_a_row = 0 if applied else self.in_a_row + 1
             if not applied:
                 self._tell(iteration, batches)
-            if self.in_a_row >= self._limit:
-                raise DivergedError(
-                    f"{self.in_a_row} steps in a row, up to iteration {iteration}, had gradients that are not finite; "
-                    "nothing of them was kept, and the last checkpoint is as it was"
-                )
+            if self.in_a_row == self._limit:
+                reached = iteration
         self._pending = []
+        if reached is not None:
+            raise DivergedError(
+                f"{self._limit} steps in a row, up to iteration {reached}, had gradients that are not finite; "
+                "nothing of them was kept, and the last checkpoint is as it was"
+            )
 
     def _tell(self, iteration: int, batches: Sequence[Batch]) -> None:
         if not self._speaks:
