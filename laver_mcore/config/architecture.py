@@ -9,7 +9,9 @@ class ModelConfig:
     """Decoder: a preset's shape; any field given here wins over the preset."""
 
     model: str = "qwen2.5-7b"
-    """Preset: tiny, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-3b, 7b, 14b, 32b, 72b (all qwen2.5-)."""
+    """Preset: tiny, qwen2.5-0.5b to 72b, qwen3-0.6b to 32b, vicuna-7b, vicuna-13b, llama2-7b, llama3.1-8b ..."""
+    family: str | None = None
+    """Decoder family: qwen2, qwen3, llama, or what an installed package registers; the preset's where not given."""
     num_layers: int | None = None
     """Decoder layers."""
     hidden_size: int | None = None
@@ -30,6 +32,8 @@ class ModelConfig:
     """Whether the LM head has weights of its own."""
     rotary_base: float | None = None
     """Base of the rotary frequencies."""
+    rope_scaling: tuple[float, float, float, int] | None = None
+    """Llama 3.1's scaling: factor, low and high frequency factor, positions before; none where not given."""
     mrope_section: tuple[int, int, int] | None = None
     """Rotary bands for (t, row, column), summing to half the head width; the pure 2D split where not given."""
     norm_epsilon: float | None = None

@@ -147,7 +147,7 @@ class RunConfig:
     pretrained_checkpoint: str | None = None
     """Folder of a run whose weights to start from, at iteration 0 with a fresh optimizer (the stage before)."""
     hf_path: str | None = None
-    """Hugging Face directory of a Qwen2.5 text model: the decoder's shape and starting weights."""
+    """Hugging Face directory of a text model (Qwen2.5, Qwen3, Llama, Vicuna): the decoder's shape and weights."""
     allow_pickle: bool = False
     """Accept pickled weights in hf_path where it has no safetensors."""
     skip_to: int | None = None

@@ -1,4 +1,4 @@
-"""Qwen2.5 directories <-> distributed checkpoints, on CPU, a block of a tensor at a time.
+"""Decoders in Hugging Face directories <-> distributed checkpoints, on CPU, a block of a tensor at a time.
 
     import_decoder   HF directory -> DIR/iter_0000000 (release weights: iteration 0, no optimizer) +
     DIR/config.yaml export_decoder   a run's newest checkpoint, or an imported one -> HF directory (the
@@ -63,7 +63,7 @@ _IGNORED = ("rotary_emb.inv_freq",)
 def import_decoder(
     hf_path: str | Path, save: str | Path, *, dtype: torch.dtype | None = None, allow_pickle: bool = False
 ) -> ModelConfig:
-    """Convert a Qwen2.5 directory into a checkpoint under `save`; `dtype` casts, None keeps each tensor's
+    """Convert a decoder's directory into a checkpoint under `save`; `dtype` casts, None keeps each tensor's
     own.
 
     Returns the decoder's shape. Raises `ConfigError` (`ConversionError`) before anything is written.
@@ -106,7 +106,7 @@ def check_weights(weights: Weights, model: ModelConfig, vocab_size: int, where: 
     for name in weights:
         if name not in expected and not name.endswith(_IGNORED) and not (tied and name == "lm_head.weight"):
             raise ConversionError(
-                f"{where}: {name} has no place in a Qwen2.5 decoder; is this another architecture?"
+                f"{where}: {name} has no place in a {model.family} decoder; is this another architecture?"
             )
 
 
@@ -161,7 +161,7 @@ def export_decoder(
     teacher: bool = False,
     companions: str | Path | None = None,
 ) -> None:
-    """Write the decoder of a run's newest checkpoint as a Qwen2 directory; `teacher` takes the EMA weights.
+    """Write the decoder of a run's newest checkpoint as a directory; `teacher` takes the EMA weights.
 
     `companions` is a directory whose tokenizer and generation config go along. Raises `ConfigError`.
     """

@@ -1,4 +1,4 @@
-"""A run's checkpoint as a Hugging Face directory: a Qwen2 text model, or the whole image-text model.
+"""A run's checkpoint as a Hugging Face directory: a text model, or the whole image-text model.
 
 No architecture of transformers has LaVer's mixed attention and 2D positions, so the whole model goes with the
 small files of `hub/` (remote code: `from_pretrained(DIR, trust_remote_code=True)`), its processor and chat

@@ -42,7 +42,7 @@ def load_hf_weights(
     """Fill the decoder of `chunks` from whole Hugging Face tensors, cast to the model's dtype.
 
     `tensors_by_name` may read lazily: each tensor is asked for once per parameter made of it. `vocab_size` is
-    the one before padding. Returns the names of this rank's parameters that Qwen2 has not (visual path, mask
+    the one before padding. Returns the names of this rank's parameters that a decoder has not (visual path, mask
     token, vision head) and that keep their values. Raises `ConversionError`.
     """
     table = {entry.ours: entry for entry in entries(config)}

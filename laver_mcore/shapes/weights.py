@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from laver_mcore.config.decoders import family_named
 from laver_mcore.config.schema import AddedWeight, Config, ModelConfig, VisionConfig
 from laver_mcore.shapes.frozen import frozen_entries, frozen_shape
 from laver_mcore.shapes.towers import TowerShape, tower_shape, tower_weights
@@ -147,13 +148,17 @@ def _added(added: tuple[AddedWeight, ...], place: Place) -> Iterator[tuple[str, 
 def _decoder_layer(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], dict]]:
     assert model.hidden_size and model.ffn_hidden_size and model.kv_channels
     assert model.num_attention_heads and model.num_query_groups
-    width, ffn = model.hidden_size, model.ffn_hidden_size
+    width, ffn, family = model.hidden_size, model.ffn_hidden_size, family_named(model.family)
     queries = model.num_attention_heads * model.kv_channels
     qkv = queries + 2 * model.num_query_groups * model.kv_channels
     matrix: dict = dict(split=True, rows="decoder")
     yield "input_layernorm.weight", (width,), {}
     yield "self_attention.linear_qkv.weight", (qkv, width), matrix
-    yield "self_attention.linear_qkv.bias", (qkv,), dict(split=True)
+    if family.qkv_bias:
+        yield "self_attention.linear_qkv.bias", (qkv,), dict(split=True)
+    if family.qk_norm:
+        yield "self_attention.q_layernorm.weight", (model.kv_channels,), {}
+        yield "self_attention.k_layernorm.weight", (model.kv_channels,), {}
     yield "self_attention.linear_proj.weight", (width, queries), matrix
     yield "pre_mlp_layernorm.weight", (width,), {}
     yield "mlp.linear_fc1.weight", (2 * ffn, width), matrix

@@ -184,7 +184,7 @@ def _open(
     if not (folder / "metadata.json").is_file():
         raise CheckpointError(f"{folder} is not a complete checkpoint: metadata.json is missing")
     common = dist_checkpointing.load_common_state_dict(str(folder))
-    stored = {"normalize_visual_tokens": False} | common.get("identity", {})
+    stored = {"family": "qwen2", "normalize_visual_tokens": False} | common.get("identity", {})
     for name, wanted in wanted_identity.items():
         if (
             may_lack_vision
