@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from laver_mcore.config.decoders import chat_templates
 from laver_mcore.config.hugging_face import text_config
 from laver_mcore.config.schema import Config
 from laver_mcore.convert.decoder import (
@@ -63,7 +64,12 @@ def export_run(
     source = tokenizer or config.data.tokenizer_model
     assert source is not None
     with written_whole(Path(save)) as folder:
-        engine_tokenizer = export_tokenizer(source, folder, config.data.system_prompt)
+        engine_tokenizer = export_tokenizer(
+            source,
+            folder,
+            config.data.system_prompt,
+            chat_templates(config.model.family, config.data.chat_template),
+        )
         content = model_config(config, vocab_size, engine_tokenizer.special.image_pad, dtype)
         _write_json(folder / "config.json", content)
         _write_json(folder / "preprocessor_config.json", processor_config(config))
@@ -172,7 +178,7 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     special = tokenizer.special
     return {
         "do_sample": False,
-        "eos_token_id": special.im_end,
+        "eos_token_id": special.end_of_turn,
         "pad_token_id": special.pad,
         "max_new_tokens": 256,
     }

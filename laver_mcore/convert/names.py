@@ -137,6 +137,19 @@ def split(entry: Entry, tensor: torch.Tensor, config: ModelConfig) -> list[torch
     return [tensor]
 
 
+def with_new_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """Rows for tokens that were added to the vocabulary, [V, D] -> [rows, D]: each the mean of the old ones.
+
+    What is as likely or as large as the average token neither blinds nor floods a trained model (Hewitt, "Initializing
+    new word embeddings for pretrained language models", 2021).
+    """
+    new = rows - tensor.shape[0]
+    if new <= 0:
+        return tensor
+    mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(new, -1)])
+
+
 def pad_vocabulary(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     """Append zero rows up to the padded vocabulary, [V, D] -> [rows, D]."""
     missing = rows - tensor.shape[0]

@@ -13,6 +13,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from laver_kernels.backend import decide
 from laver_mcore.accounting.training_cost import training_cost
+from laver_mcore.config.decoders import chat_templates
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.objectives import load_objective
 from laver_mcore.config.schema import Config
@@ -51,9 +52,11 @@ class BuildReport:
 
 
 def build_tokenizer(config: Config) -> Tokenizer:
-    """The recipe's tokenizer."""
+    """The recipe's tokenizer, with the chat template that the recipe or its decoder's family says."""
     assert config.data.tokenizer_model is not None
-    return load_tokenizer(config.data.tokenizer_model)
+    return load_tokenizer(
+        config.data.tokenizer_model, *chat_templates(config.model.family, config.data.chat_template)
+    )
 
 
 def build_image_processor(config: Config) -> ImageProcessor | None:
@@ -118,15 +121,20 @@ def build_data(config: Config, tokenizer: Tokenizer, device: torch.device | None
 
 
 def resolve_vocab_size(config: Config, tokenizer: Tokenizer) -> int:
-    """The model's vocabulary before padding: the recipe's or preset's, else the tokenizer's."""
-    wanted = config.model.vocab_size
+    """The model's vocabulary before padding: the recipe's or preset's, else the tokenizer's.
+
+    It grows by the tokens for vision that the tokenizer lacks, where it has no rows to spare.
+    """
+    wanted, added = config.model.vocab_size, len(tokenizer.added)
+    own = tokenizer.vocab_size - added
+    needed = own if config.vision.vision == "none" else tokenizer.vocab_size
     if wanted is None:
-        return tokenizer.vocab_size
-    if tokenizer.vocab_size > wanted:
+        return needed
+    if own > wanted:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, vocab_size is {wanted}; use the model's own tokenizer"
+            f"the tokenizer has {own} tokens, vocab_size is {wanted}; use the model's own tokenizer"
         )
-    return wanted
+    return max(wanted, needed)
 
 
 def with_kernels(config: Config, device: torch.device) -> Config:
@@ -199,7 +207,7 @@ def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[E
         fresh = checkpoint.load_weights(chunks, config, vocab_size, config.run.pretrained_checkpoint)
     elif config.run.hf_path:
         weights = open_weights(config.run.hf_path, allow_pickle=config.run.allow_pickle)
-        check_weights(weights, config.model, vocab_size, config.run.hf_path)
+        check_weights(weights, config.model, config.model.vocab_size or vocab_size, config.run.hf_path)
         load_hf_weights(chunks, config.model, vocab_size, topology, weights)
     trainable = freeze(chunks, training_of(config), topology)
     models = _wrap(config, chunks)

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from laver_mcore.config.schema import Config
+from laver_mcore.data.sequence.tokenizer import VISION_TOKENS
 from laver_mcore.megatron.checkpoints import (
     TRACKER,
     CheckpointError,
@@ -29,8 +30,11 @@ from laver_mcore.megatron.checkpoints import (
     latest_iteration,
 )
 from laver_mcore.megatron.optimizer import allocate_state, coalesced_offsets, load_state
+from laver_mcore.model.initialize import fill_new_rows
 from laver_mcore.model.vision_language import VisionLanguageModel
 from laver_mcore.train.engine import Engine
+
+_NEW_ROWS = len(VISION_TOKENS)
 
 
 def _metadata() -> dict[str, Any]:
@@ -192,11 +196,18 @@ def _open(
             and name in ("vision", "normalize_visual_tokens")
         ):
             continue
+        if name == "vocab_size" and may_lack_vision and _grows(stored, wanted):
+            continue
         if stored.get(name) != wanted:
             raise CheckpointError(
                 f"{folder} is of another model: it has {name}={stored.get(name)!r}, this recipe {name}={wanted!r}"
             )
     return folder, common
+
+
+def _grows(stored: dict[str, Any], vocab_size: int) -> bool:
+    """Whether weights of a text model get rows for tokens of vision that its tokenizer lacks."""
+    return stored.get("vision") == "none" and 0 < vocab_size - stored.get("vocab_size", 0) <= _NEW_ROWS
 
 
 def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progress:
@@ -270,4 +281,5 @@ def load_weights(
     loaded = dist_checkpointing.load(model, str(folder))
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{i}"], strict=not fresh)
+        fill_new_rows(chunk, common["identity"]["vocab_size"], vocab_size)
     return sorted(fresh)

@@ -52,6 +52,10 @@ class DecoderFamily:
     """Whether config.json may ask for the rotary scaling of Llama 3.1."""
     head_dim: int | None = None
     """Width of a head where config.json does not say; hidden_size / num_attention_heads where None."""
+    chat_template: str = "chatml"
+    """How dialogues are written where the tokenizer brings no template: a name of `templates`, or Jinja."""
+    overrides_template: bool = False
+    """Whether that is so for a tokenizer with a template too."""
     max_positions: int = 32768
     """`max_position_embeddings` of an exported config.json, which computes nothing."""
     layer_names: tuple[Name, ...] = LAYER_NAMES

@@ -49,6 +49,7 @@ LLAMA = DecoderFamily(
         "llama3.1-8b": {**_8B, "rope_scaling": (8.0, 1.0, 4.0, 8192)},
     },
     scales_rope=True,
+    chat_template="vicuna",  # Llama 3's tokenizers bring their own
     max_positions=131072,
     exported=dict(attention_bias=False, mlp_bias=False),
 )

@@ -86,5 +86,6 @@ QWEN2 = DecoderFamily(
     architecture="Qwen2ForCausalLM",
     sizes=_SIZES,
     qkv_bias=True,
+    overrides_template=True,  # Qwen2.5's own is ChatML too, but adds a system turn where the recipe wants none
     exported=dict(use_sliding_window=False),
 )

@@ -208,6 +208,6 @@ def test_preprocessor_config_of_a_native_tower(tmp_path):
 
 
 def test_generation_config():
-    special = SimpleNamespace(im_start=1, im_end=2, pad=3, image_pad=4)
+    special = SimpleNamespace(end_of_turn=2, pad=3, image_pad=4)
     said = _generation_config(SimpleNamespace(special=special))
     assert (said["eos_token_id"], said["pad_token_id"], said["do_sample"]) == (2, 3, False)
