@@ -237,7 +237,19 @@ def _whole_layer_per_row(config: Config) -> float:
         if config.parallel.recompute_granularity == "selective":
             attention += keys
     # Both projections in one, and what fused SwiGLU makes of them.
-    return norms / along + (attention + 3 * ffn) / tp
+    return norms / along + (attention + 3 * ffn) / tp + _adapters_per_row(config)
+
+
+def _adapters_per_row(config: Config) -> float:
+    """What comes out of each A, and with dropout what goes into it."""
+    tp, along, width, ffn, queries, _ = _sizes(config)
+    model, inputs = config.model, {"linear_qkv": width / along, "linear_fc1": width / along}
+    inputs |= {"linear_proj": queries / tp, "linear_fc2": ffn / tp}
+    ranks = {"linear_qkv": 3, "linear_fc1": 2}
+    return sum(
+        model.lora_rank * ranks.get(layer, 1) + (inputs[layer] if model.lora_dropout else 0)
+        for layer in model.adapted_layers
+    )
 
 
 def _edges(

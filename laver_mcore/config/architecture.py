@@ -1,5 +1,6 @@
 """Sections of a recipe that say what the model is: decoder, visual path, attention."""
 
+import fnmatch
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,8 +41,29 @@ class ModelConfig:
     """Epsilon of RMSNorm."""
     init_method_std: float = 0.02
     """Standard deviation of random weights."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on the decoder's linear layers, whose own weights are frozen then; 0 is no LoRA."""
+    lora_alpha: float = 16.0
+    """An adapter's output counts lora_alpha / lora_rank times."""
+    lora_dropout: float = 0.0
+    """Dropout of an adapter's input."""
+    lora_targets: tuple[str, ...] = ("linear_*",)
+    """Patterns of layers with adapters: linear_qkv, linear_proj, linear_fc1, linear_fc2."""
     attention_dropout: float = 0.0
     """Only 0 is supported: the mixed-attention kernels have no dropout."""
+
+    @property
+    def adapted_layers(self) -> tuple[str, ...]:
+        """Kinds of layers that have an adapter."""
+        if not self.lora_rank:
+            return ()
+        return tuple(
+            layer for layer in LINEAR_LAYERS if any(fnmatch.fnmatchcase(layer, p) for p in self.lora_targets)
+        )
+
+
+LINEAR_LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+"""Linear layers of a decoder layer: queries, keys and values; attention's output; gate and up; the MLP's output."""
 
 
 @dataclass(frozen=True, kw_only=True)

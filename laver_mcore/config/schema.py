@@ -154,6 +154,8 @@ class RunConfig:
     """Accept pickled weights in hf_path where it has no safetensors."""
     skip_to: int | None = None
     """Step (from 0) from which data is taken, past what lies between; iterations and schedules go on as they were."""
+    save_frozen: bool = False
+    """LoRA: checkpoints hold the decoder's frozen weights as well, which are those that the run starts from."""
     save_interval: int | None = None
     """Iterations between checkpoints; one is always written at the end."""
     exit_interval: int | None = None

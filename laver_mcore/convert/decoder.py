@@ -24,6 +24,7 @@ from laver_mcore.config.presets import fill_from_preset
 from laver_mcore.config.schema import Config, ModelConfig, VisionConfig
 from laver_mcore.convert.distributed_checkpoint import Block, CheckpointReader, row_blocks, write_checkpoint
 from laver_mcore.convert.errors import ConversionError
+from laver_mcore.convert.lora import merged_tensors
 from laver_mcore.convert.names import (
     LAYERS,
     Entry,
@@ -167,7 +168,7 @@ def export_decoder(
     """
     config, reader = open_run(load)
     vocab_size = reader.common["identity"]["vocab_size"]
-    tensors = decoder_tensors(config.model, reader, vocab_size, dtype=dtype, teacher=teacher)
+    tensors = run_tensors(config, reader, vocab_size, dtype=dtype, teacher=teacher)
     with written_whole(Path(save)) as folder:
         content = text_config(config.model, vocab_size)
         content["dtype"] = str(tensors[0].dtype).removeprefix("torch.")
@@ -184,6 +185,20 @@ def open_run(load: str | Path) -> tuple[Config, CheckpointReader]:
     config = from_recipe(Path(load) / "config.yaml")
     config = replace(config, model=fill_from_preset(config.model))
     return config, CheckpointReader(checkpoints.checkpoint_folder(load, iteration))
+
+
+def run_tensors(
+    config: Config,
+    reader: CheckpointReader,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype | None = None,
+    teacher: bool = False,
+) -> list[TensorToWrite]:
+    """Hugging Face's tensors of a run's decoder; with LoRA, its adapters merged into what they stand beside."""
+    if config.model.lora_rank:
+        return merged_tensors(config, reader, vocab_size, open_run=open_run, dtype=dtype, teacher=teacher)
+    return decoder_tensors(config.model, reader, vocab_size, dtype=dtype, teacher=teacher)
 
 
 def decoder_tensors(

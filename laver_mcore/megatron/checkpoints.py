@@ -35,6 +35,7 @@ def identity(config: Config, vocab_size: int) -> dict[str, Any]:
     model = asdict(config.model)
     names = (
         "family",
+        "lora_rank",
         "num_layers",
         "hidden_size",
         "ffn_hidden_size",

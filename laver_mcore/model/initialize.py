@@ -39,6 +39,10 @@ def draw(
         return torch.zeros(shape)
     if name.endswith(("layernorm.weight", "layer_norm_weight")):
         return torch.ones(shape)
+    if name.endswith(".lora_b"):
+        return torch.zeros(shape)
+    if name.endswith(".lora_a"):  # as peft: uniform within 1 / sqrt(inputs)
+        return (2.0 * torch.rand(shape, generator=_generator(seed, name)) - 1.0) / math.sqrt(shape[1])
     std = _std(name, shape, config) if std is None else std
     return torch.randn(shape, generator=_generator(seed, name)) * std
 

@@ -16,8 +16,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from laver_mcore.config.decoders import family_named
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.schema import Config
+from laver_mcore.config.schema import Config, ModelConfig
 from laver_mcore.model.fp8 import Fp8ColumnParallelLinear, Fp8Pass, Fp8RowParallelLinear
+from laver_mcore.model.lora import NUM_PROJECTIONS, Lora, LoraColumnParallelLinear, LoraRowParallelLinear
 from laver_mcore.model.mixed_attention import MixedAttention
 from laver_mcore.model.norm import RMSNorm
 
@@ -123,14 +124,16 @@ def decoder_spec(
     kernels: str,
     vp_stage: int | None,
     fp8: Fp8Pass | None = None,
+    model: ModelConfig | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk and its final norm, with mixed attention inside.
 
-    With `fp8` matrix products are in fp8 while it runs.
+    With `fp8` matrix products are in fp8 while it runs. `model` says which layers have adapters.
     """
+    adapted = model.adapted_layers if model is not None else ()
     if fp8 is not None:
         require_fp8(transformer_impl)
-    if use_transformer_engine(transformer_impl):
+    if use_transformer_engine(transformer_impl) and not adapted:  # adapters stand beside local layers
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
@@ -152,5 +155,12 @@ def decoder_spec(
         attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
         attention.linear_qkv, attention.linear_proj = column, row
         mlp.linear_fc1, mlp.linear_fc2 = column, row
+    for name in adapted:
+        assert model is not None
+        part = (
+            layer.submodules.self_attention if name in ("linear_qkv", "linear_proj") else layer.submodules.mlp
+        )
+        kind = LoraColumnParallelLinear if NUM_PROJECTIONS[name] > 1 else LoraRowParallelLinear
+        setattr(part.submodules, name, ModuleSpec(module=kind, params={"lora": Lora.of(model, name)}))
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

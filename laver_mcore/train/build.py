@@ -15,6 +15,7 @@ from laver_kernels.backend import decide
 from laver_mcore.accounting.training_cost import training_cost
 from laver_mcore.config.decoders import chat_templates
 from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.load import from_recipe
 from laver_mcore.config.objectives import load_objective
 from laver_mcore.config.schema import Config
 from laver_mcore.convert.decoder import check_weights
@@ -151,6 +152,34 @@ def build_chunks(config: Config, topology: Topology, vocab_size: int) -> list[Vi
     return [VisionLanguageModel(config, mcore, topology, vocab_size, stage, added) for stage in stages]
 
 
+def start_weights(
+    chunks: list[VisionLanguageModel], config: Config, vocab_size: int, topology: Topology
+) -> list[str]:
+    """Give every parameter the value that a run begins with; returns the names that another run's weights lack."""
+    initialize(chunks, config, vocab_size, topology)
+    if config.run.pretrained_checkpoint:
+        return _load_run(chunks, config, vocab_size, topology, config.run.pretrained_checkpoint)
+    if config.run.hf_path:
+        weights = open_weights(config.run.hf_path, allow_pickle=config.run.allow_pickle)
+        check_weights(weights, config.model, config.model.vocab_size or vocab_size, config.run.hf_path)
+        load_hf_weights(chunks, config.model, vocab_size, topology, weights)
+    return []
+
+
+def _load_run(
+    chunks: list[VisionLanguageModel],
+    config: Config,
+    vocab_size: int,
+    topology: Topology,
+    directory: str | Path,
+) -> list[str]:
+    """The weights of a run; where its checkpoint holds adapters alone, first those that it started from itself."""
+    if checkpoint.lacks_frozen(directory):
+        theirs = from_recipe(Path(directory) / "config.yaml")
+        start_weights(chunks, replace(config, run=theirs.run, train=theirs.train), vocab_size, topology)
+    return checkpoint.load_weights(chunks, config, vocab_size, directory)
+
+
 def finalize_grads(
     models: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **groups: object
 ) -> None:
@@ -201,14 +230,7 @@ def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[E
     """Model, optimizer and teacher of this rank; weights random, of `pretrained_checkpoint`, or of `hf_path`."""
     config = with_kernels(config, topology.device)
     chunks = build_chunks(config, topology, vocab_size)
-    initialize(chunks, config, vocab_size, topology)
-    fresh = []
-    if config.run.pretrained_checkpoint:
-        fresh = checkpoint.load_weights(chunks, config, vocab_size, config.run.pretrained_checkpoint)
-    elif config.run.hf_path:
-        weights = open_weights(config.run.hf_path, allow_pickle=config.run.allow_pickle)
-        check_weights(weights, config.model, config.model.vocab_size or vocab_size, config.run.hf_path)
-        load_hf_weights(chunks, config.model, vocab_size, topology, weights)
+    fresh = start_weights(chunks, config, vocab_size, topology)
     trainable = freeze(chunks, training_of(config), topology)
     models = _wrap(config, chunks)
     optimizer = build_optimizer(config, models)
@@ -235,7 +257,7 @@ def build_network(config: Config, topology: Topology, vocab_size: int, directory
     config = with_kernels(config, topology.device)
     chunks = build_chunks(config, topology, vocab_size)
     initialize(chunks, config, vocab_size, topology)
-    checkpoint.load_weights(chunks, config, vocab_size, directory)
+    _load_run(chunks, config, vocab_size, topology, directory)
     return Network(
         config=config,
         topology=topology,

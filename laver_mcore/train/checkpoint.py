@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from laver_mcore.config.schema import Config
+from laver_mcore.config.trainable import ADAPTERS
 from laver_mcore.data.sequence.tokenizer import VISION_TOKENS
 from laver_mcore.megatron.checkpoints import (
     TRACKER,
@@ -66,8 +67,23 @@ def _nested(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def _model_state(chunks: list[VisionLanguageModel]) -> dict[str, Any]:
-    return {f"model{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(chunks)}
+def _model_state(chunks: list[VisionLanguageModel], without_frozen: bool = False) -> dict[str, Any]:
+    """Every chunk's weights; `without_frozen` leaves out the decoder's own, beside which LoRA's adapters stand."""
+    states = {f"model{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(chunks)}
+    if not without_frozen:
+        return states
+    return {
+        chunk: {
+            name: item
+            for name, item in state.items()
+            if not name.startswith("language_model.") or name.endswith(ADAPTERS)
+        }
+        for chunk, state in states.items()
+    }
+
+
+def _without_frozen(config: Config) -> bool:
+    return config.model.lora_rank > 0 and not config.run.save_frozen
 
 
 def _teacher_state(
@@ -153,7 +169,7 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
     if engine.config.parallel.overlap_param_gather:
         for wrapped in engine.models:
             wrapped.start_param_sync(force_sync=True)
-    model = _model_state(engine.chunks)
+    model = _model_state(engine.chunks, _without_frozen(engine.config))
     state = {
         **model,
         "teacher": _teacher_to_save(engine, model),
@@ -164,6 +180,7 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
         "layout": _layout(engine),
         "distributed_optimizer": engine.config.parallel.use_distributed_optimizer,
         "identity": identity(engine.config, engine.vocab_size),
+        "without_frozen": _without_frozen(engine.config),
         "data": data_fingerprint,
     }
     dist_checkpointing.save(state, str(folder), content_metadata=_metadata())
@@ -188,7 +205,9 @@ def _open(
     if not (folder / "metadata.json").is_file():
         raise CheckpointError(f"{folder} is not a complete checkpoint: metadata.json is missing")
     common = dist_checkpointing.load_common_state_dict(str(folder))
-    stored = {"family": "qwen2", "normalize_visual_tokens": False} | common.get("identity", {})
+    stored = {"family": "qwen2", "lora_rank": 0, "normalize_visual_tokens": False} | common.get(
+        "identity", {}
+    )
     for name, wanted in wanted_identity.items():
         if (
             may_lack_vision
@@ -196,6 +215,8 @@ def _open(
             and name in ("vision", "normalize_visual_tokens")
         ):
             continue
+        if name == "lora_rank" and may_lack_vision and not stored["lora_rank"]:
+            continue  # adapters start fresh
         if name == "vocab_size" and may_lack_vision and _grows(stored, wanted):
             continue
         if stored.get(name) != wanted:
@@ -218,7 +239,8 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
             f"{folder} was trained on other data (records, tokenizer, seed or lengths changed); to start anew from its "
             f"weights use --pretrained-checkpoint {directory}"
         )
-    model = _model_state(engine.chunks)
+    without_frozen = common.get("without_frozen", False)
+    model = _model_state(engine.chunks, without_frozen)
     distributed = common["distributed_optimizer"]
     if distributed != engine.config.parallel.use_distributed_optimizer:
         flag = "--use-distributed-optimizer" if distributed else "--no-use-distributed-optimizer"
@@ -236,7 +258,7 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
         state["rng"] = _rng_state(engine)
     loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(engine.chunks):
-        chunk.load_state_dict(loaded[f"model{i}"])
+        chunk.load_state_dict(loaded[f"model{i}"], strict=not without_frozen)
     if "optimizer" in loaded:
         load_state(engine.optimizer, loaded["optimizer"])
     if engine.teacher is not None:
@@ -255,6 +277,15 @@ def _restore_rng(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
 
 
+def lacks_frozen(directory: str | Path) -> bool:
+    """Whether the newest checkpoint of a run holds LoRA's adapters without the weights beside which they stand."""
+    iteration = latest_iteration(directory)
+    folder = checkpoint_folder(directory, iteration or 0)
+    if iteration is None or not (folder / "metadata.json").is_file():
+        return False
+    return bool(dist_checkpointing.load_common_state_dict(str(folder)).get("without_frozen", False))
+
+
 def load_weights(
     chunks: list[VisionLanguageModel], config: Config, vocab_size: int, directory: str | Path
 ) -> list[str]:
@@ -269,17 +300,17 @@ def load_weights(
     own = {weight.name for weight in config.objective.parameters(config)}
     stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
     fresh: set[str] = set()
-    model = _model_state(chunks)
+    model = _model_state(chunks, common.get("without_frozen", False))
     for part in model.values():
         for name in list(part):
             key = part[name].key
             if key not in stored and not isinstance(part[name], ShardedObject):
-                if key not in own and not key.startswith(visual):
+                if key not in own and not key.startswith(visual) and not key.endswith(ADAPTERS):
                     raise CheckpointError(f"{folder} has no {key}; it is of another model")
                 fresh.add(key)
                 del part[name]
     loaded = dist_checkpointing.load(model, str(folder))
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{i}"], strict=not fresh)
+        chunk.load_state_dict(loaded[f"model{i}"], strict=not (fresh or common.get("without_frozen")))
         fill_new_rows(chunk, common["identity"]["vocab_size"], vocab_size)
     return sorted(fresh)
