@@ -58,7 +58,7 @@ def _supported_family(config: Any, file: Path) -> DecoderFamily:
     found = config.get("model_type") if isinstance(config, dict) else None
     family = family_of_type(found)
     if isinstance(config, dict):
-        refused = _not_supported(config, has_window=family is None)
+        refused = _not_supported(config)
         if refused:
             raise ConfigError(f"{file}: {refused} is not supported (model_type={found!r})")
     if family is None:
@@ -67,12 +67,13 @@ def _supported_family(config: Any, file: Path) -> DecoderFamily:
     return family
 
 
-def _not_supported(config: dict[str, Any], has_window: bool) -> str | None:
-    """What of a config.json no family here computes. `has_window`: a window counts without a flag that turns it on."""
+def _not_supported(config: dict[str, Any]) -> str | None:
+    """What of a config.json no family here computes."""
     experts = next((name for name in _EXPERTS if config.get(name)), None)
     if experts or "moe" in str(config.get("model_type")):
         return "a mixture of experts" + (f" ({experts}={config[experts]})" if experts else "")
-    if config.get("use_sliding_window", has_window and config.get("sliding_window") is not None):
+    # Qwen names a window and a flag that turns it on; others' windows have no flag.
+    if config.get("use_sliding_window", config.get("sliding_window") is not None):
         return f"sliding-window attention (sliding_window={config.get('sliding_window')})"
     other = set(config.get("layer_types") or ()) - {"full_attention"}
     if other:

@@ -26,6 +26,7 @@ _PROBES = (
 # as their tokens, each followed by a line break.
 _PRELUDE = """\
 {%- set enable_thinking = false %}
+{%- if date_string is not defined %}{% set date_string = '26 Jul 2024' %}{% endif %}
 {%- set prepared = namespace(messages=[], text='') %}
 {%- if SYSTEM and messages[0]['role'] != 'system' %}
 {%- set prepared.messages = [{'role': 'system', 'content': SYSTEM}] %}
