@@ -30,6 +30,7 @@ setup(
         "numpy>=2.0",
         "pillow>=12.3,<13",
         "psutil>=6.0",  # without it Megatron's checkpoint writer dies and a save hangs
+        "jinja2>=3.1",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tensorboard>=2.18",

@@ -17,17 +17,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 
+from laver_mcore.config.decoders.templates import CHATML
 from laver_mcore.data.images import dali
 from laver_mcore.data.images.backends import BACKENDS, make_backend
 from laver_mcore.data.images.decode import image_size, open_image
 from laver_mcore.data.images.processors import FixedImageProcessor, PatchImageProcessor
 from laver_mcore.data.images.wanted import WantedImage
+from laver_mcore.data.sequence.chat import ChatFormat
 from laver_mcore.data.sequence.tokenizer import SpecialTokens
 from laver_mcore.data.serve.loader import DialogueData
 
@@ -128,11 +130,13 @@ class _Bytes:
     """A tokenizer of bytes, so that the memory run needs no files of anybody."""
 
     special = SpecialTokens(
-        im_start=256, im_end=257, vision_start=258, image_pad=259, vision_end=260, eos=257, pad=261
+        end_of_turn=257, vision_start=258, image_pad=259, vision_end=260, eos=257, pad=261
     )
+    chat = ChatFormat(CHATML, {"<|im_start|>": 256, "<|im_end|>": 257}, {}, "bytes")
+    added: ClassVar[dict[str, int]] = {}
     vocab_size = 262
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, after: str | None = None) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:

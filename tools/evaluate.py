@@ -101,7 +101,7 @@ def answer(
             prompts,
             images,
             processor,
-            stop_token=tokenizer.special.im_end,
+            stop_token=tokenizer.special.end_of_turn,
             max_new_tokens=arguments.max_new_tokens,
         )
         for (sample, index), ids in zip(part, answers, strict=True):

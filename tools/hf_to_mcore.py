@@ -18,7 +18,9 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--hf-path", required=True, help="Hugging Face directory of a Qwen2 or Qwen2.5 text model"
+        "--hf-path",
+        required=True,
+        help="Hugging Face directory of a text model: Qwen2.5, Qwen3, Llama, Vicuna",
     )
     parser.add_argument("--save", required=True, help="folder to create")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="cast to this; default: as stored")

@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--save", required=True, help="folder to create")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="cast to this; default: as stored")
     parser.add_argument("--teacher", action="store_true", help="the EMA weights instead of the student's")
+    parser.add_argument("--adapter", action="store_true", help="LoRA's adapters alone, as a peft directory")
     parser.add_argument("--decoder-only", action="store_true", help="the text model alone")
     parser.add_argument(
         "--tokenizer", help="directory of the tokenizer to put beside; default: the run's own"
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
             teacher=args.teacher,
             decoder_only=args.decoder_only,
             tokenizer=args.tokenizer,
+            adapter=args.adapter,
         )
     except ConfigError as error:
         print(f"mcore_to_hf.py: error: {error}", file=sys.stderr)

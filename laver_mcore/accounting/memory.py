@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from laver_mcore.accounting.work import StepWork
+from laver_mcore.config.decoders import family_named
 from laver_mcore.config.schema import Config, ParallelConfig, TrainConfig
 from laver_mcore.shapes.towers import tower_shape
 from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, frozen_tower, list_weights, target_tower
@@ -230,8 +231,25 @@ def _whole_layer_per_row(config: Config) -> float:
         attention += keys
         if config.parallel.context_parallel_size > 1:
             attention += queries  # the output before its exchange
+    if family_named(config.model.family).qk_norm:
+        # The inputs of both norms, cut out of the projection; the outputs are what is rotated or handed over.
+        attention += queries + keys
+        if config.parallel.recompute_granularity == "selective":
+            attention += keys
     # Both projections in one, and what fused SwiGLU makes of them.
-    return norms / along + (attention + 3 * ffn) / tp
+    return norms / along + (attention + 3 * ffn) / tp + _adapters_per_row(config)
+
+
+def _adapters_per_row(config: Config) -> float:
+    """What comes out of each A, and with dropout what goes into it."""
+    tp, along, width, ffn, queries, _ = _sizes(config)
+    model, inputs = config.model, {"linear_qkv": width / along, "linear_fc1": width / along}
+    inputs |= {"linear_proj": queries / tp, "linear_fc2": ffn / tp}
+    ranks = {"linear_qkv": 3, "linear_fc1": 2}
+    return sum(
+        model.lora_rank * ranks.get(layer, 1) + (inputs[layer] if model.lora_dropout else 0)
+        for layer in model.adapted_layers
+    )
 
 
 def _edges(

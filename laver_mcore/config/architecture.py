@@ -1,5 +1,6 @@
 """Sections of a recipe that say what the model is: decoder, visual path, attention."""
 
+import fnmatch
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,9 @@ class ModelConfig:
     """Decoder: a preset's shape; any field given here wins over the preset."""
 
     model: str = "qwen2.5-7b"
-    """Preset: tiny, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-3b, 7b, 14b, 32b, 72b (all qwen2.5-)."""
+    """Preset: tiny, qwen2.5-0.5b to 72b, qwen3-0.6b to 32b, vicuna-7b, vicuna-13b, llama2-7b, llama3.1-8b ..."""
+    family: str | None = None
+    """Decoder family: qwen2, qwen3, llama, or what an installed package registers; the preset's where not given."""
     num_layers: int | None = None
     """Decoder layers."""
     hidden_size: int | None = None
@@ -30,14 +33,37 @@ class ModelConfig:
     """Whether the LM head has weights of its own."""
     rotary_base: float | None = None
     """Base of the rotary frequencies."""
+    rope_scaling: tuple[float, float, float, int] | None = None
+    """Llama 3.1's scaling: factor, low and high frequency factor, positions before; none where not given."""
     mrope_section: tuple[int, int, int] | None = None
     """Rotary bands for (t, row, column), summing to half the head width; the pure 2D split where not given."""
     norm_epsilon: float | None = None
     """Epsilon of RMSNorm."""
     init_method_std: float = 0.02
     """Standard deviation of random weights."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on the decoder's linear layers, whose own weights are frozen then; 0 is no LoRA."""
+    lora_alpha: float = 16.0
+    """An adapter's output counts lora_alpha / lora_rank times."""
+    lora_dropout: float = 0.0
+    """Dropout of an adapter's input."""
+    lora_targets: tuple[str, ...] = ("linear_*",)
+    """Patterns of layers with adapters: linear_qkv, linear_proj, linear_fc1, linear_fc2."""
     attention_dropout: float = 0.0
     """Only 0 is supported: the mixed-attention kernels have no dropout."""
+
+    @property
+    def adapted_layers(self) -> tuple[str, ...]:
+        """Kinds of layers that have an adapter."""
+        if not self.lora_rank:
+            return ()
+        return tuple(
+            layer for layer in LINEAR_LAYERS if any(fnmatch.fnmatchcase(layer, p) for p in self.lora_targets)
+        )
+
+
+LINEAR_LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+"""Linear layers of a decoder layer: queries, keys and values; attention's output; gate and up; the MLP's output."""
 
 
 @dataclass(frozen=True, kw_only=True)

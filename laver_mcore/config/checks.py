@@ -1,5 +1,8 @@
 """Every check that needs more than one field, made once, before anything is built."""
 
+import fnmatch
+
+from laver_mcore.config.architecture import LINEAR_LAYERS
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import Config
 
@@ -51,7 +54,31 @@ def _check_model(config: Config) -> None:
         f"mrope_section={model.mrope_section} sums to {sum(model.mrope_section)}, "
         f"not to half of kv_channels={model.kv_channels}",
     )
+    _check_lora(config)
     _require(model.attention_dropout == 0.0, "attention_dropout must be 0: mixed attention has no dropout")
+
+
+def _check_lora(config: Config) -> None:
+    model, train = config.model, config.train
+    _require(model.lora_rank >= 0, f"lora_rank={model.lora_rank} must not be negative; 0 is no LoRA")
+    if not model.lora_rank:
+        return
+    _require(model.lora_alpha > 0.0, f"lora_alpha={model.lora_alpha} must be positive")
+    _require(0.0 <= model.lora_dropout < 1.0, f"lora_dropout={model.lora_dropout} must be from 0 to below 1")
+    for pattern in model.lora_targets or ("",):
+        _require(
+            bool(fnmatch.filter(LINEAR_LAYERS, pattern)),
+            f"lora_targets pattern {pattern!r} matches no layer; there are {', '.join(LINEAR_LAYERS)}",
+        )
+    _require(
+        train.transformer_impl != "transformer_engine",
+        "lora_rank: adapters stand beside Megatron's local layers; use transformer_impl=local",
+    )
+    teacher = config.objective.teacher(config)
+    _require(
+        teacher is None or teacher.precision == "same",
+        "lora_rank with teacher_precision=fp8 is not supported; use teacher_precision=same",
+    )
 
 
 def _check_parallel(config: Config) -> None:

@@ -1,9 +1,11 @@
-"""Decoder shapes between Hugging Face's `config.json` (Qwen2, Qwen2.5) and ours."""
+"""Decoder shapes between Hugging Face's `config.json` and ours, for every family of `decoders`."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from laver_mcore.config.decoders import family_named, family_of_type, known_families
+from laver_mcore.config.decoders.family import DecoderFamily
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import ModelConfig
 
@@ -16,65 +18,121 @@ _FIELDS = {
     "vocab_size": "vocab_size",
     "rms_norm_eps": "norm_epsilon",
 }
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""Numbers of Llama 3.1's rotary scaling, in the order of `ModelConfig.rope_scaling`."""
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def read_shape(directory: str | Path) -> dict[str, Any]:
-    """`ModelConfig` fields of the Qwen2 decoder in a Hugging Face directory; `ConfigError` for anything
-    else.
-    """
+    """`ModelConfig` fields of the decoder in a Hugging Face directory; `ConfigError` names what is not supported."""
     file = Path(directory) / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
-        raise ConfigError(
-            f"{file}: no such file; give a Hugging Face directory of Qwen2 or Qwen2.5"
-        ) from None
+        raise ConfigError(f"{file}: no such file; give a Hugging Face directory of {_known()}") from None
     except ValueError as error:
         raise ConfigError(f"{file}: broken JSON ({error})") from None
-    _check_supported(config, file)
-    missing = [name for name in _FIELDS if name not in config]
+    family = _supported_family(config, file)
+    if (
+        family.name == "llama"
+    ):  # the first Llamas had as many key heads as queries, and nothing to say about it
+        config = {"num_key_value_heads": config.get("num_attention_heads"), **config}
+    missing = [name for name in _FIELDS if config.get(name) is None]
     if missing:
         raise ConfigError(f"{file}: {missing[0]} is missing; give the config.json that the weights came with")
     shape = {ours: config[theirs] for theirs, ours in _FIELDS.items()}
+    shape["family"] = family.name
     shape["untie_embeddings_and_output_weights"] = not config.get("tie_word_embeddings", False)
-    # transformers 5 writes the base into rope_parameters, earlier ones beside the rest.
-    rope = config.get("rope_parameters") or {}
+    rope = _rope(config)
     shape["rotary_base"] = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
-    channels = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return {**shape, "kv_channels": channels}
+    shape["rope_scaling"] = _rope_scaling(rope, family, file)
+    channels = config.get("head_dim") or family.head_dim
+    return {**shape, "kv_channels": channels or config["hidden_size"] // config["num_attention_heads"]}
 
 
-def _check_supported(config: Any, file: Path) -> None:
+def _known() -> str:
+    return " or ".join(family.name for family in known_families().values())
+
+
+def _supported_family(config: Any, file: Path) -> DecoderFamily:
     found = config.get("model_type") if isinstance(config, dict) else None
-    if found != "qwen2":
-        raise ConfigError(f"{file}: model_type={found!r}, wanted 'qwen2' (Qwen2 and Qwen2.5 text models)")
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    unsupported = {
-        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
-        "rope_type": (kind, "default"),
-        "use_sliding_window": (bool(config.get("use_sliding_window", False)), False),
-    }
-    for name, (value, wanted) in unsupported.items():
-        if value != wanted:
-            raise ConfigError(f"{file}: {name}={value!r} is not supported, only {wanted!r}")
+    family = family_of_type(found)
+    if isinstance(config, dict):
+        refused = _not_supported(config)
+        if refused:
+            raise ConfigError(f"{file}: {refused} is not supported (model_type={found!r})")
+    if family is None:
+        known = ", ".join(repr(f.model_type) for f in known_families().values())
+        raise ConfigError(f"{file}: model_type={found!r} is no decoder known here, only {known}")
+    return family
+
+
+def _not_supported(config: dict[str, Any]) -> str | None:
+    """What of a config.json no family here computes."""
+    experts = next((name for name in _EXPERTS if config.get(name)), None)
+    if experts or "moe" in str(config.get("model_type")):
+        return "a mixture of experts" + (f" ({experts}={config[experts]})" if experts else "")
+    # Qwen names a window and a flag that turns it on; others' windows have no flag.
+    if config.get("use_sliding_window", config.get("sliding_window") is not None):
+        return f"sliding-window attention (sliding_window={config.get('sliding_window')})"
+    other = set(config.get("layer_types") or ()) - {"full_attention"}
+    if other:
+        return f"attention of type {min(other)}"
+    if config.get("quantization_config"):
+        return "a quantised model (quantization_config)"
+    for name, plain in (
+        ("hidden_act", "silu"),
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("partial_rotary_factor", 1.0),
+    ):
+        if config.get(name, plain) != plain:
+            return f"{name}={config[name]!r}"
+    return None
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    # transformers 5 writes base and scaling into rope_parameters, earlier ones beside the rest and into rope_scaling.
+    scaling = config.get("rope_scaling") or {}
+    if "type" in scaling:  # its older name
+        scaling = {"rope_type": scaling["type"], **scaling}
+    return {**(config.get("rope_parameters") or {}), **scaling}
+
+
+def _rope_scaling(rope: dict[str, Any], family: DecoderFamily, file: Path) -> tuple[float, ...] | None:
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind != "llama3" or not family.scales_rope:
+        raise ConfigError(f"{file}: rope_type={kind!r} is not supported (model_type={family.model_type!r})")
+    missing = [name for name in _SCALING if name not in rope]
+    if missing:
+        raise ConfigError(f"{file}: rope_type='llama3' without {missing[0]}")
+    return (*(float(rope[name]) for name in _SCALING[:3]), int(rope[_SCALING[3]]))
 
 
 def text_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """The content of a Qwen2 `config.json` for a decoder of this shape; the reverse of `read_shape`."""
+    """The content of a `config.json` for a decoder of this shape; the reverse of `read_shape`."""
+    family = family_named(model.family)
     filled = {"vocab_size": vocab_size}
     shape = {theirs: filled.get(ours, getattr(model, ours)) for theirs, ours in _FIELDS.items()}
+    scaling = {}
+    if model.rope_scaling is not None:
+        scaling = {
+            "rope_scaling": {"rope_type": "llama3", **dict(zip(_SCALING, model.rope_scaling, strict=True))}
+        }
     return {
         **shape,
-        "model_type": "qwen2",
-        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
         "head_dim": model.kv_channels,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "initializer_range": model.init_method_std,
-        "max_position_embeddings": 32768,
+        "max_position_embeddings": family.max_positions,
         "rope_theta": model.rotary_base,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "use_cache": True,
-        "use_sliding_window": False,
+        **scaling,
+        **(family.exported or {}),
     }

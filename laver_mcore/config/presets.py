@@ -1,16 +1,15 @@
-"""Decoder shapes by name: Qwen2.5's published configurations and the demo's tiny one."""
+"""Decoder shapes by name: the published sizes of every family, and the demo's tiny one."""
 
 from dataclasses import fields, replace
 from typing import Any
 
+from laver_mcore.config.decoders import known_families
 from laver_mcore.config.errors import nearest
 from laver_mcore.config.schema import ModelConfig
 
-# The larger base models have an epsilon of 1e-5, their Instruct versions, where the recipes start, this one.
-_QWEN: dict[str, Any] = dict(rotary_base=1e6, norm_epsilon=1e-6)
-
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
+        family="qwen2",
         num_layers=4,
         hidden_size=128,
         ffn_hidden_size=384,
@@ -20,76 +19,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         rotary_base=1e4,
         norm_epsilon=1e-6,
     ),
-    "qwen2.5-0.5b": dict(
-        num_layers=24,
-        hidden_size=896,
-        ffn_hidden_size=4864,
-        num_attention_heads=14,
-        num_query_groups=2,
-        vocab_size=151936,
-        untie_embeddings_and_output_weights=False,
-        **_QWEN,
-    ),
-    "qwen2.5-1.5b": dict(
-        num_layers=28,
-        hidden_size=1536,
-        ffn_hidden_size=8960,
-        num_attention_heads=12,
-        num_query_groups=2,
-        vocab_size=151936,
-        untie_embeddings_and_output_weights=False,
-        **_QWEN,
-    ),
-    "qwen2.5-3b": dict(
-        num_layers=36,
-        hidden_size=2048,
-        ffn_hidden_size=11008,
-        num_attention_heads=16,
-        num_query_groups=2,
-        vocab_size=151936,
-        untie_embeddings_and_output_weights=False,
-        **_QWEN,
-    ),
-    "qwen2.5-7b": dict(
-        num_layers=28,
-        hidden_size=3584,
-        ffn_hidden_size=18944,
-        num_attention_heads=28,
-        num_query_groups=4,
-        vocab_size=152064,
-        untie_embeddings_and_output_weights=True,
-        **_QWEN,
-    ),
-    "qwen2.5-14b": dict(
-        num_layers=48,
-        hidden_size=5120,
-        ffn_hidden_size=13824,
-        num_attention_heads=40,
-        num_query_groups=8,
-        vocab_size=152064,
-        untie_embeddings_and_output_weights=True,
-        **_QWEN,
-    ),
-    "qwen2.5-32b": dict(
-        num_layers=64,
-        hidden_size=5120,
-        ffn_hidden_size=27648,
-        num_attention_heads=40,
-        num_query_groups=8,
-        vocab_size=152064,
-        untie_embeddings_and_output_weights=True,
-        **_QWEN,
-    ),
-    "qwen2.5-72b": dict(
-        num_layers=80,
-        hidden_size=8192,
-        ffn_hidden_size=29568,
-        num_attention_heads=64,
-        num_query_groups=8,
-        vocab_size=152064,
-        untie_embeddings_and_output_weights=True,
-        **_QWEN,
-    ),
+    **{
+        name: {"family": family.name, **size}
+        for family in known_families().values()
+        for name, size in family.sizes.items()
+    },
 }
 
 

@@ -14,11 +14,13 @@ class RunConfig:
     pretrained_checkpoint: str | None = None
     """Folder of a run whose weights to start from, at iteration 0 with a fresh optimizer (the stage before)."""
     hf_path: str | None = None
-    """Hugging Face directory of a Qwen2.5 text model: the decoder's shape and starting weights."""
+    """Hugging Face directory of a text model (Qwen2.5, Qwen3, Llama, Vicuna): the decoder's shape and weights."""
     allow_pickle: bool = False
     """Accept pickled weights in hf_path where it has no safetensors."""
     skip_to: int | None = None
     """Step (from 0) from which data is taken, past what lies between; iterations and schedules go on as they were."""
+    save_frozen: bool = False
+    """LoRA: checkpoints hold the decoder's frozen weights as well, which are those that the run starts from."""
     save_interval: int | None = None
     """Iterations between checkpoints; one is always written at the end."""
     keep_last: int | None = None

@@ -41,6 +41,8 @@ class DataConfig:
     """Where the measured lengths of large sets are kept; `.laver_index` beside the data where not given."""
     tokenizer_model: str | None = None
     """Hugging Face tokenizer directory, or a SentencePiece .model file."""
+    chat_template: str | None = None
+    """How dialogues are written: chatml, vicuna, llama2, llama3, or a Jinja file; the tokenizer's own if not given."""
     seq_length: int = 2048
     """Tokens of one packed row; no dialogue may be longer."""
     overlong: Literal["error", "drop"] = "error"

@@ -1,11 +1,14 @@
 """Name patterns of what trains, whatever the objective: `objective` stands for the parameters that it adds."""
 
 import fnmatch
+from collections.abc import Iterable
 
 from laver_mcore.config.objectives import known_objectives, section_of
 from laver_mcore.config.schema import Config
 
 OWN = "objective"
+ADAPTERS = (".lora_a", ".lora_b")
+"""Ends of the names of LoRA's parameters."""
 MODEL = ("*", "connector", "language_model", "vision_encoder")
 """Beginnings of patterns that are the model's in any case."""
 
@@ -23,6 +26,13 @@ def resolve_trainable(config: Config) -> tuple[str, ...]:
         elif pattern.startswith(MODEL) or fnmatch.filter(own, pattern) or not _is_anothers(pattern, config):
             found.append(pattern)
     return tuple(found) or config.train.trainable
+
+
+def trains(name: str, patterns: Iterable[str], lora: bool) -> bool:
+    """Whether the parameter called `name` trains; with LoRA, of the decoder its adapters alone."""
+    if lora and name.startswith("language_model.") and not name.endswith(ADAPTERS):
+        return False
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _is_anothers(pattern: str, config: Config) -> bool:

@@ -1,4 +1,4 @@
-"""Qwen2.5 directories <-> distributed checkpoints, on CPU, a block of a tensor at a time.
+"""Decoders in Hugging Face directories <-> distributed checkpoints, on CPU, a block of a tensor at a time.
 
     import_decoder   HF directory -> DIR/iter_0000000 (release weights: iteration 0, no optimizer) +
     DIR/config.yaml export_decoder   a run's newest checkpoint, or an imported one -> HF directory (the
@@ -25,6 +25,7 @@ from laver_mcore.config.presets import fill_from_preset
 from laver_mcore.config.schema import Config, ModelConfig, VisionConfig
 from laver_mcore.convert.distributed_checkpoint import Block, CheckpointReader, row_blocks, write_checkpoint
 from laver_mcore.convert.errors import ConversionError
+from laver_mcore.convert.lora import merged_tensors
 from laver_mcore.convert.names import (
     LAYERS,
     Entry,
@@ -67,7 +68,7 @@ _IGNORED = ("rotary_emb.inv_freq",)
 def import_decoder(
     hf_path: str | Path, save: str | Path, *, dtype: torch.dtype | None = None, allow_pickle: bool = False
 ) -> ModelConfig:
-    """Convert a Qwen2.5 directory into a checkpoint under `save`; `dtype` casts, None keeps each tensor's
+    """Convert a decoder's directory into a checkpoint under `save`; `dtype` casts, None keeps each tensor's
     own.
 
     Returns the decoder's shape. Raises `ConfigError` (`ConversionError`) before anything is written.
@@ -110,7 +111,7 @@ def check_weights(weights: Weights, model: ModelConfig, vocab_size: int, where: 
     for name in weights:
         if name not in expected and not name.endswith(_IGNORED) and not (tied and name == "lm_head.weight"):
             raise ConversionError(
-                f"{where}: {name} has no place in a Qwen2.5 decoder; is this another architecture?"
+                f"{where}: {name} has no place in a {model.family} decoder; is this another architecture?"
             )
 
 
@@ -165,13 +166,13 @@ def export_decoder(
     teacher: bool = False,
     companions: str | Path | None = None,
 ) -> None:
-    """Write the decoder of a run's newest checkpoint as a Qwen2 directory; `teacher` takes the EMA weights.
+    """Write the decoder of a run's newest checkpoint as a directory; `teacher` takes the EMA weights.
 
     `companions` is a directory whose tokenizer and generation config go along. Raises `ConfigError`.
     """
     config, reader = open_run(load)
     vocab_size = reader.common["identity"]["vocab_size"]
-    tensors = decoder_tensors(config.model, reader, vocab_size, dtype=dtype, teacher=teacher)
+    tensors = run_tensors(config, reader, vocab_size, dtype=dtype, teacher=teacher)
     with written_whole(Path(save)) as folder:
         content = text_config(config.model, vocab_size)
         content["dtype"] = str(tensors[0].dtype).removeprefix("torch.")
@@ -188,6 +189,20 @@ def open_run(load: str | Path) -> tuple[Config, CheckpointReader]:
     config = from_recipe(Path(load) / "config.yaml")
     config = replace(config, model=fill_from_preset(config.model))
     return config, CheckpointReader(folder)
+
+
+def run_tensors(
+    config: Config,
+    reader: CheckpointReader,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype | None = None,
+    teacher: bool = False,
+) -> list[TensorToWrite]:
+    """Hugging Face's tensors of a run's decoder; with LoRA, its adapters merged into what they stand beside."""
+    if config.model.lora_rank:
+        return merged_tensors(config, reader, vocab_size, open_run=open_run, dtype=dtype, teacher=teacher)
+    return decoder_tensors(config.model, reader, vocab_size, dtype=dtype, teacher=teacher)
 
 
 def decoder_tensors(

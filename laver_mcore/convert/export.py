@@ -1,4 +1,4 @@
-"""A run's checkpoint as a Hugging Face directory: a Qwen2 text model, or the whole image-text model.
+"""A run's checkpoint as a Hugging Face directory: a text model, or the whole image-text model.
 
 No architecture of transformers has LaVer's mixed attention and 2D positions, so the whole model goes with the
 small files of `hub/` (remote code: `from_pretrained(DIR, trust_remote_code=True)`), its processor and chat
@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 
+from laver_mcore.config.decoders import chat_templates
 from laver_mcore.config.hugging_face import text_config
 from laver_mcore.config.schema import Config
 from laver_mcore.convert.decoder import (
-    decoder_tensors,
     export_decoder,
     open_run,
+    run_tensors,
     written_whole,
 )
 from laver_mcore.convert.distributed_checkpoint import CheckpointReader
 from laver_mcore.convert.errors import ConversionError
 from laver_mcore.convert.hub.towers_laver import NATIVE_TOWERS, TOWERS
+from laver_mcore.convert.lora import write_adapter
 from laver_mcore.convert.safetensors_directory import TensorToWrite, read_json, write_safetensors
 from laver_mcore.convert.tokenizer_export import export_tokenizer
 from laver_mcore.data.images.native import native_settings_of
@@ -45,25 +47,36 @@ def export_run(
     teacher: bool = False,
     decoder_only: bool = False,
     tokenizer: str | Path | None = None,
+    adapter: bool = False,
 ) -> None:
     """Write a run's newest checkpoint; the whole image-text model where the run has a visual path.
 
     `teacher` takes the decoder's EMA weights (teacher and student share encoder and connector). `tokenizer`
-    is the one to put beside, the run's own where not given. Raises `ConfigError`, nothing written.
+    is the one to put beside, the run's own where not given. LoRA's adapters are merged; with `adapter` they are
+    written by themselves, for `peft`. Raises `ConfigError`, nothing written.
     """
     config, reader = open_run(load)
+    if adapter:
+        with written_whole(Path(save)) as folder:
+            write_adapter(config, reader, folder, dtype=dtype, teacher=teacher)
+        return
     if decoder_only or config.vision.vision == "none":
         export_decoder(load, save, dtype=dtype, teacher=teacher, companions=tokenizer)
         return
     _check_supported(config)
     vocab_size = reader.common["identity"]["vocab_size"]
     dtype = dtype or (torch.bfloat16 if config.train.bf16 else torch.float32)
-    tensors = decoder_tensors(config.model, reader, vocab_size, dtype=dtype, teacher=teacher)
+    tensors = run_tensors(config, reader, vocab_size, dtype=dtype, teacher=teacher)
     tensors += _visual_tensors(reader, dtype)
     source = tokenizer or config.data.tokenizer_model
     assert source is not None
     with written_whole(Path(save)) as folder:
-        engine_tokenizer = export_tokenizer(source, folder, config.data.system_prompt)
+        engine_tokenizer = export_tokenizer(
+            source,
+            folder,
+            config.data.system_prompt,
+            chat_templates(config.model.family, config.data.chat_template),
+        )
         content = model_config(config, vocab_size, engine_tokenizer.special.image_pad, dtype)
         _write_json(folder / "config.json", content)
         _write_json(folder / "preprocessor_config.json", processor_config(config))
@@ -172,7 +185,7 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     special = tokenizer.special
     return {
         "do_sample": False,
-        "eos_token_id": special.im_end,
+        "eos_token_id": special.end_of_turn,
         "pad_token_id": special.pad,
         "max_new_tokens": 256,
     }

@@ -1,4 +1,4 @@
-"""The one table of names between Hugging Face's Qwen2 / Qwen2.5 decoder and ours, and the fusing with it.
+"""The one table of names between Hugging Face's decoders and ours, and the fusing with it.
 
     model.layers.N.self_attn.{q,k,v}_proj.*    language_model.decoder.layers.N.self_attention.linear_qkv.*
     model.layers.N.mlp.{gate,up}_proj.weight   language_model.decoder.layers.N.mlp.linear_fc1.weight
@@ -10,34 +10,23 @@ V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from laver_mcore.config.decoders import family_named
+from laver_mcore.config.decoders.family import Fusion, Name
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import ModelConfig
-
-Fusion = Literal["qkv", "gate_up", "vocabulary", "none"]
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 OUTPUT = "language_model.output_layer.weight"
 LAYERS = "language_model.decoder.layers."
 
 # Ours -> Hugging Face's, and how several of theirs make one of ours.
-_MODEL: tuple[tuple[str, tuple[str, ...], Fusion], ...] = (
+_MODEL: tuple[Name, ...] = (
     (EMBEDDING, ("model.embed_tokens.weight",), "vocabulary"),
     ("language_model.decoder.final_layernorm.weight", ("model.norm.weight",), "none"),
     (OUTPUT, ("lm_head.weight",), "vocabulary"),
-)
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_LAYER: tuple[tuple[str, tuple[str, ...], Fusion], ...] = (
-    ("input_layernorm.weight", ("input_layernorm.weight",), "none"),
-    ("self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in _QKV), "qkv"),
-    ("self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), "qkv"),
-    ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "none"),
-    ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), "none"),
-    ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"),
-    ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "none"),
 )
 
 # Transformer Engine fuses a norm into the matrix behind it; checkpoints use its names in any case.
@@ -66,7 +55,7 @@ def entries(config: ModelConfig) -> list[Entry]:
         if ours != OUTPUT or config.untie_embeddings_and_output_weights:
             table.append(Entry(ours=ours, theirs=theirs, fusion=fusion))
     for layer in range(config.num_layers):
-        for ours, theirs, fusion in _LAYER:
+        for ours, theirs, fusion in family_named(config.family).names:
             names = tuple(f"model.layers.{layer}.{name}" for name in theirs)
             table.append(Entry(ours=f"{LAYERS}{layer}.{ours}", theirs=names, fusion=fusion, layer=layer))
     return table
@@ -107,6 +96,8 @@ def their_shapes(entry: Entry, config: ModelConfig, vocab_size: int) -> list[tup
         return [(n, width) if rest.endswith("weight") else (n,) for n in rows]
     if rest == "self_attention.linear_proj.weight":
         return [(width, heads * channels)]
+    if rest.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+        return [(channels,)]
     return [(width, inner)] if rest == "mlp.linear_fc2.weight" else [(width,)]
 
 
@@ -144,6 +135,19 @@ def split(entry: Entry, tensor: torch.Tensor, config: ModelConfig) -> list[torch
     if entry.fusion == "gate_up":
         return list(tensor.chunk(2))
     return [tensor]
+
+
+def with_new_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """Rows for tokens that were added to the vocabulary, [V, D] -> [rows, D]: each the mean of the old ones.
+
+    What is as likely or as large as the average token neither blinds nor floods a trained model (Hewitt, "Initializing
+    new word embeddings for pretrained language models", 2021).
+    """
+    new = rows - tensor.shape[0]
+    if new <= 0:
+        return tensor
+    mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(new, -1)])
 
 
 def pad_vocabulary(tensor: torch.Tensor, rows: int) -> torch.Tensor:

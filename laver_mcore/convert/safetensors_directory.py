@@ -186,18 +186,19 @@ def write_safetensors(
             shards.append([])
         shards[-1].append(tensor)
     if len(shards) == 1:
-        _write_file(folder / _WEIGHTS[0], shards[0])
+        write_file(folder / _WEIGHTS[0], shards[0])
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / name, shard)
+        write_file(folder / name, shard)
         weight_map.update({tensor.name: name for tensor in shard})
     index = {"metadata": {"total_size": sum(t.num_bytes for t in tensors)}, "weight_map": weight_map}
     (folder / _WEIGHTS[1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, tensors: Sequence[TensorToWrite]) -> None:
+def write_file(path: Path, tensors: Sequence[TensorToWrite]) -> None:
+    """Write `tensors` into one safetensors file, block by block."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:

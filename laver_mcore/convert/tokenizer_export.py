@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from laver_mcore.config.decoders.templates import CHATML
 from laver_mcore.convert.decoder import COMPANIONS
 from laver_mcore.convert.errors import ConversionError
-from laver_mcore.data.sequence.tokenizer import CHAT_TOKENS, Tokenizer, load_tokenizer
+from laver_mcore.data.sequence.tokenizer import VISION_TOKENS, Tokenizer, load_tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # SentencePiece's piece types
 _SPACE = "\u2581"
@@ -21,40 +22,81 @@ _PROBES = (
     "0123456789",
 )
 
-# The training prompt (data/prompt.py): every image is followed by a line break.
-_TEMPLATE = """\
-{%- if messages[0]['role'] != 'system' and SYSTEM %}<|im_start|>system
-{{ SYSTEM }}<|im_end|>
-{% endif %}
-{%- for message in messages %}<|im_start|>{{ message['role'] }}
-{% if message['content'] is string %}{{ message['content'] }}
-{%- else %}{% for part in message['content'] %}
-{%- if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>
-{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}
-{%- endfor %}{% endif %}<|im_end|>
-{% endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+# What stands before the training's own template: the recipe's system turn where a conversation brings none, and images
+# as their tokens, each followed by a line break.
+_PRELUDE = """\
+{%- set enable_thinking = false %}
+{%- if date_string is not defined %}{% set date_string = '26 Jul 2024' %}{% endif %}
+{%- set prepared = namespace(messages=[], text='') %}
+{%- if SYSTEM and messages[0]['role'] != 'system' %}
+{%- set prepared.messages = [{'role': 'system', 'content': SYSTEM}] %}
+{%- endif %}
+{%- for message in messages %}
+{%- if message['content'] is string %}{% set prepared.text = message['content'] %}
+{%- else %}
+{%- set prepared.text = '' %}
+{%- for part in message['content'] %}
+{%- if part['type'] == 'image' %}
+{%- set prepared.text = prepared.text + '<|vision_start|><|image_pad|><|vision_end|>\\n' %}
+{%- elif part['type'] == 'text' %}{% set prepared.text = prepared.text + part['text'] %}
+{%- endif %}
+{%- endfor %}
+{%- endif %}
+{%- set prepared.messages = prepared.messages + [{'role': message['role'], 'content': prepared.text}] %}
+{%- endfor %}
+{%- set messages = prepared.messages %}
+"""
 
 
-def chat_template(system_prompt: str) -> str:
+def chat_template(system_prompt: str, template: str = CHATML) -> str:
     """Jinja template that writes conversations as training does, with the recipe's default system prompt."""
-    return "{%- set SYSTEM = " + json.dumps(system_prompt) + " %}" + _TEMPLATE
+    return "{%- set SYSTEM = " + json.dumps(system_prompt) + " %}" + _PRELUDE + template
 
 
-def export_tokenizer(source: str | Path, destination: Path, system_prompt: str) -> Tokenizer:
-    """Write tokenizer and chat template into `destination`; returns the tokenizer that the engine itself
-    uses.
+def export_tokenizer(
+    source: str | Path,
+    destination: Path,
+    system_prompt: str,
+    templates: tuple[str | None, str] = (None, CHATML),
+) -> Tokenizer:
+    """Write tokenizer and chat template into `destination`; returns the tokenizer that the engine itself uses.
+
+    `templates` are `chat_templates`'s. Tokens for vision that the source lacks are in what is written.
     """
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, *templates)
     if Path(source).is_dir():
         for name in COMPANIONS:
             if (Path(source) / name).is_file() and not name.startswith(("generation", "chat_template")):
                 shutil.copyfile(Path(source) / name, destination / name)
+        if tokenizer.added:
+            _export_with_added(source, destination, tokenizer)
     else:
         _export_sentencepiece(Path(source), destination, tokenizer)
-    (destination / "chat_template.jinja").write_text(chat_template(system_prompt), encoding="utf-8")
+    written = chat_template(system_prompt, tokenizer.chat.template)
+    (destination / "chat_template.jinja").write_text(written, encoding="utf-8")
     return tokenizer
+
+
+def _export_with_added(source: str | Path, destination: Path, tokenizer: Tokenizer) -> None:
+    """Transformers' tokenizer of a directory with the engine's tokens for vision, under the engine's ids."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
+    theirs.add_special_tokens(
+        {"additional_special_tokens": list(tokenizer.added)}, replace_extra_special_tokens=False
+    )
+    _check_added(theirs, source, tokenizer)
+    theirs.chat_template = None
+    theirs.save_pretrained(destination)
+
+
+def _check_added(theirs: Any, source: str | Path, tokenizer: Tokenizer) -> None:
+    found = {text: theirs.convert_tokens_to_ids(text) for text in tokenizer.added}
+    if found != tokenizer.added:
+        raise ConversionError(
+            f"{source}: transformers numbers added tokens {found}, training {dict(tokenizer.added)}; "
+            "add them to the tokenizer and train with that"
+        )
 
 
 def _export_sentencepiece(source: Path, destination: Path, tokenizer: Tokenizer) -> None:
@@ -63,14 +105,16 @@ def _export_sentencepiece(source: Path, destination: Path, tokenizer: Tokenizer)
     backend = fast_tokenizer(source)
     names = {token: text for text, token in backend.get_vocab().items()}
     special = tokenizer.special
+    own = [text for text in VISION_TOKENS.values() if text not in tokenizer.added]
     fast = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        eos_token=names[special.im_end],
+        eos_token=names[special.end_of_turn],
         pad_token=names[special.pad],
         padding_side="left",
-        additional_special_tokens=list(CHAT_TOKENS.values()),
+        additional_special_tokens=list(dict.fromkeys([names[special.end_of_turn], *own, *tokenizer.added])),
         clean_up_tokenization_spaces=False,
     )
+    _check_added(fast, source, tokenizer)
     for probe in _PROBES:
         found = fast.encode(probe, add_special_tokens=False, split_special_tokens=True)
         if found != tokenizer.encode(probe):

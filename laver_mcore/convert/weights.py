@@ -6,7 +6,15 @@ import torch
 
 from laver_mcore.config.schema import ModelConfig
 from laver_mcore.convert.errors import ConversionError
-from laver_mcore.convert.names import Entry, canonical, entries, fuse, pad_vocabulary, their_shapes
+from laver_mcore.convert.names import (
+    Entry,
+    canonical,
+    entries,
+    fuse,
+    pad_vocabulary,
+    their_shapes,
+    with_new_rows,
+)
 from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.parameters import NamedParameter, named_parameters
 from laver_mcore.model.sharding import shard
@@ -42,7 +50,7 @@ def load_hf_weights(
     """Fill the decoder of `chunks` from whole Hugging Face tensors, cast to the model's dtype.
 
     `tensors_by_name` may read lazily: each tensor is asked for once per parameter made of it. `vocab_size` is
-    the one before padding. Returns the names of this rank's parameters that Qwen2 has not (visual path, mask
+    the one before padding. Returns the names of this rank's parameters that a decoder has not (visual path, mask
     token, vision head) and that keep their values. Raises `ConversionError`.
     """
     table = {entry.ours: entry for entry in entries(config)}
@@ -52,7 +60,11 @@ def load_hf_weights(
         if entry is None:
             fresh.append(item.name)
             continue
-        full = fuse(entry, gather_theirs(entry, tensors_by_name, config, vocab_size), config)
+        full = fuse(
+            entry, gather_theirs(entry, tensors_by_name, config, config.vocab_size or vocab_size), config
+        )
+        if entry.fusion == "vocabulary":
+            full = with_new_rows(full, vocab_size)
         item.parameter.copy_(_cut(full, entry, item, topology))
     return fresh
 

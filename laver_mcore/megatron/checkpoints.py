@@ -43,6 +43,8 @@ def identity(config: Config, vocab_size: int) -> dict[str, Any]:
     """What a checkpoint must share with the run that loads it."""
     model = asdict(config.model)
     names = (
+        "family",
+        "lora_rank",
         "num_layers",
         "hidden_size",
         "ffn_hidden_size",

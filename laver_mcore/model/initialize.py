@@ -39,6 +39,10 @@ def draw(
         return torch.zeros(shape)
     if name.endswith(("layernorm.weight", "layer_norm_weight")):
         return torch.ones(shape)
+    if name.endswith(".lora_b"):
+        return torch.zeros(shape)
+    if name.endswith(".lora_a"):  # as peft: uniform within 1 / sqrt(inputs)
+        return (2.0 * torch.rand(shape, generator=_generator(seed, name)) - 1.0) / math.sqrt(shape[1])
     std = _std(name, shape, config) if std is None else std
     return torch.randn(shape, generator=_generator(seed, name)) * std
 
@@ -70,3 +74,19 @@ def initialize(
         else:
             full = draw(item.name, tuple(shape), model, seed, added.get(item.name))
         item.parameter.copy_(_cut(full, item, topology))
+
+
+@torch.no_grad()
+def fill_new_rows(chunk: VisionLanguageModel, old: int, new: int) -> None:
+    """Give the rows [old, new) of embedding and LM head, which a loaded checkpoint lacks, the mean of those before.
+
+    All tensor-parallel ranks take part. The reasons are `convert.names.with_new_rows`'s.
+    """
+    for name, parameter in chunk.named_parameters() if new > old else ():
+        if name not in (EMBEDDING, "language_model.output_layer.weight"):
+            continue
+        first = chunk.tp_group.rank() * len(parameter)
+        ids = torch.arange(first, first + len(parameter), device=parameter.device)
+        total = parameter[ids < old].float().sum(0)
+        torch.distributed.all_reduce(total, group=chunk.tp_group)
+        parameter[(ids >= old) & (ids < new)] = (total / old).to(parameter.dtype)

@@ -65,6 +65,7 @@ class AttentionGeometry:
     head_dim: int
     rotary_base: float
     mrope_section: tuple[int, int, int]
+    rope_scaling: tuple[float, float, float, int] | None = None
     rope_2d: bool = True
     mixed: bool = True
 
@@ -79,6 +80,7 @@ def _packed(
         geometry.head_dim,
         geometry.rotary_base,
         geometry.mrope_section,
+        scaling=geometry.rope_scaling,
     )
     intervals = layout.intervals if geometry.mixed else _causal(layout.intervals)
     return PackedLayout(intervals=intervals, rope=rope)

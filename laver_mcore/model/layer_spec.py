@@ -1,4 +1,4 @@
-"""Qwen2.5's decoder as Megatron `ModuleSpec`s, and its `TransformerConfig`.
+"""The decoder as Megatron `ModuleSpec`s, and its `TransformerConfig`.
 
 Transformer Engine's layers are used where it is installed; otherwise Megatron's local ones with our RMSNorm. Both
 give the same parameter keys in checkpoints, so that a run may move between them.
@@ -14,9 +14,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from laver_mcore.config.decoders import family_named
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.schema import Config
+from laver_mcore.config.schema import Config, ModelConfig
 from laver_mcore.model.fp8 import Fp8ColumnParallelLinear, Fp8Pass, Fp8RowParallelLinear
+from laver_mcore.model.lora import NUM_PROJECTIONS, Lora, LoraColumnParallelLinear, LoraRowParallelLinear
 from laver_mcore.model.mixed_attention import MixedAttention
 from laver_mcore.model.norm import RMSNorm
 
@@ -35,8 +37,8 @@ def use_transformer_engine(transformer_impl: str) -> bool:
 
 
 def transformer_config(config: Config) -> TransformerConfig:
-    """Megatron's configuration of a Qwen2.5 decoder under this recipe's precision and parallelism."""
-    model, parallel = config.model, config.parallel
+    """Megatron's configuration of a decoder under this recipe's precision and parallelism."""
+    model, parallel, family = config.model, config.parallel, family_named(config.model.family)
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     interleaved = parallel.num_virtual_stages_per_pipeline_rank is not None
     recompute: dict[str, Any] = {}
@@ -61,7 +63,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -121,20 +124,27 @@ def decoder_spec(
     kernels: str,
     vp_stage: int | None,
     fp8: Fp8Pass | None = None,
+    model: ModelConfig | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk and its final norm, with mixed attention inside.
 
-    With `fp8` matrix products are in fp8 while it runs.
+    With `fp8` matrix products are in fp8 while it runs. `model` says which layers have adapters.
     """
+    adapted = model.adapted_layers if model is not None else ()
     if fp8 is not None:
         require_fp8(transformer_impl)
-    if use_transformer_engine(transformer_impl):
+    if use_transformer_engine(transformer_impl) and not adapted:  # adapters stand beside local layers
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         norm: type = TENorm
     else:
-        layer = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer = gpt_layer_specs.get_gpt_layer_local_spec(
+            normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+        )
+        if config.qk_layernorm:
+            heads = layer.submodules.self_attention.submodules
+            heads.q_layernorm = heads.k_layernorm = RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=MixedAttention, params={"impl": kernels}
@@ -145,5 +155,12 @@ def decoder_spec(
         attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
         attention.linear_qkv, attention.linear_proj = column, row
         mlp.linear_fc1, mlp.linear_fc2 = column, row
+    for name in adapted:
+        assert model is not None
+        part = (
+            layer.submodules.self_attention if name in ("linear_qkv", "linear_proj") else layer.submodules.mlp
+        )
+        kind = LoraColumnParallelLinear if NUM_PROJECTIONS[name] > 1 else LoraRowParallelLinear
+        setattr(part.submodules, name, ModuleSpec(module=kind, params={"lora": Lora.of(model, name)}))
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from laver_mcore.config.errors import ConfigError, nearest
 from laver_mcore.config.schema import Config
+from laver_mcore.config.trainable import ADAPTERS, trains
 from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.vision_language import VisionLanguageModel
 
@@ -68,6 +69,8 @@ class Training:
     trainable: tuple[str, ...]
     rates: tuple[tuple[str, float], ...] = ()
     """(pattern, factor of the learning rate); the last that matches wins."""
+    lora: bool = False
+    """Whether the decoder has adapters, which then are all that trains of it."""
     undecayed: frozenset[str] = frozenset()
     """Names that weight decay does not reach."""
     lazy: frozenset[str] = frozenset()
@@ -94,6 +97,7 @@ def training_of(config: Config) -> Training:
     added = config.objective.parameters(config)
     return Training(
         trainable=config.train.trainable,
+        lora=config.model.lora_rank > 0,
         rates=tuple(rates),
         undecayed=frozenset(weight.name for weight in added if not weight.decays),
         lazy=frozenset(weight.name for weight in added if weight.lazy),
@@ -110,7 +114,7 @@ def freeze_local(
     counts: dict[str, list[int]] = {}
     names = []
     for item in named_parameters(chunks, topology):
-        trainable = any(fnmatch.fnmatchcase(item.name, pattern) for pattern in training.trainable)
+        trainable = trains(item.name, training.trainable, training.lora)
         item.parameter.requires_grad_(trainable)
         names.append(item.name)
         factor = training.rate(item.name)
@@ -157,6 +161,8 @@ def freeze(chunks: list[VisionLanguageModel], training: Training, topology: Topo
 
 
 def _part(name: str) -> str:
+    if name.endswith(ADAPTERS):
+        return "language_model.lora"
     pieces = name.split(".")
     return ".".join(pieces[:2]) if pieces[0] == "language_model" else pieces[0]
 

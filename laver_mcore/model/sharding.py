@@ -2,8 +2,8 @@
 
 import torch
 
-GATED = "linear_fc1.weight"
-"""Name of the one parameter that is not cut into contiguous slices."""
+GATED = ("linear_fc1.weight", "linear_fc1.lora_b")
+"""Names of the parameters that are not cut into contiguous slices."""
 
 
 def shard(full: torch.Tensor, name: str, dim: int, tp_rank: int, tp_size: int) -> torch.Tensor:

@@ -36,6 +36,7 @@ from laver_mcore.model.fp8 import Fp8Pass
 from laver_mcore.model.image_sharing import gather_shares
 from laver_mcore.model.inputs import ModelInputs
 from laver_mcore.model.layer_spec import decoder_spec
+from laver_mcore.model.lora import without_dropout
 from laver_mcore.model.method import Added, Entering, Method, ModelOutput, Plain
 from laver_mcore.model.mixed_attention import PackedLayout
 from laver_mcore.model.native_encoders import NativeEncoder
@@ -85,7 +86,9 @@ class VisionLanguageModel(MegatronModule):
         self.fp8 = Fp8Pass() if teacher is not None and teacher.precision == "fp8" else None
         self.language_model = GPTModel(
             mcore,
-            decoder_spec(mcore, config.train.transformer_impl, config.train.kernels, vp_stage, self.fp8),
+            decoder_spec(
+                mcore, config.train.transformer_impl, config.train.kernels, vp_stage, self.fp8, config.model
+            ),
             vocab_size=padded_vocab(vocab_size, config),
             max_sequence_length=config.data.seq_length,
             pre_process=self.pre_process,
@@ -204,6 +207,8 @@ class VisionLanguageModel(MegatronModule):
         hidden = None
         if self.pre_process:
             hidden = self._share(rows)
+            if self.config.recompute_granularity == "full" and torch.is_grad_enabled():
+                hidden.requires_grad_()  # recomputed layers whose input has no gradient would give their weights none
         else:
             self.language_model.set_input_tensor([rows])
         return run_segments(
@@ -253,7 +258,7 @@ class VisionLanguageModel(MegatronModule):
         rows, teacher_rows, travelling = self._rows(inputs, entering, with_teacher=teaches)
         taught = None
         if method.teacher is not None and teacher_rows is not None:
-            with part("teacher"), method.teacher.weights():
+            with part("teacher"), method.teacher.weights(), without_dropout(self):
                 taught = self._teach(inputs, teacher_rows, method)
         places = self._taps_here(method, len(travelling))
         *tapped, hidden = self._decode(rows, inputs.packed, [stop for _, stop in places])

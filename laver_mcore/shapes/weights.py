@@ -3,14 +3,15 @@
 Names are those of the run under Megatron's local layers; Transformer Engine calls the norms of a layer otherwise.
 """
 
-import fnmatch
 import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from laver_mcore.config.decoders import family_named
 from laver_mcore.config.schema import AddedWeight, Config, ModelConfig, VisionConfig
+from laver_mcore.config.trainable import trains
 from laver_mcore.shapes.frozen import frozen_entries, frozen_shape
 from laver_mcore.shapes.towers import TowerShape, tower_shape, tower_weights
 
@@ -79,7 +80,7 @@ def _list_weights(
 ) -> tuple[Weight, ...]:
     found = []
     for name, shape, rest in _entries(model, vision, added, vocabulary):
-        trains = _matches(name, trainable)
+        trains = _matches(name, trainable, model.lora_rank > 0)
         found.append(
             Weight(
                 name=name, shape=shape, trains=trains, averaged=trains and name.startswith(averaged), **rest
@@ -89,8 +90,8 @@ def _list_weights(
 
 
 @functools.lru_cache(maxsize=4096)
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def _matches(name: str, patterns: tuple[str, ...], lora: bool) -> bool:
+    return trains(name, patterns, lora)
 
 
 def _entries(
@@ -116,6 +117,9 @@ def _entries(
     for layer in range(model.num_layers):
         for name, shape, rest in _decoder_layer(model):
             yield f"{LAYERS}.{layer}.{name}", shape, dict(place="layer", layer=layer, **rest)
+            for end, adapter, cut in _adapter(model, name, shape):
+                kind = dict(place="layer", layer=layer, rows="decoder", split=cut)
+                yield f"{LAYERS}.{layer}.{name.removesuffix('weight')}{end}", adapter, kind
     yield "language_model.decoder.final_layernorm.weight", (width,), dict(place="last")
     if model.untie_embeddings_and_output_weights:
         yield HEAD, (vocabulary, width), dict(place="last", split=True, rows="logits")
@@ -144,16 +148,33 @@ def _added(added: tuple[AddedWeight, ...], place: Place) -> Iterator[tuple[str, 
             yield weight.name, weight.shape, dict(place=place, **rows)
 
 
+def _adapter(
+    model: ModelConfig, name: str, shape: tuple[int, ...]
+) -> Iterator[tuple[str, tuple[int, int], bool]]:
+    """(name, shape, whether tensor parallelism cuts it) of the two matrices beside a layer's own, if it has any."""
+    layer = name.removesuffix(".weight").rpartition(".")[2]
+    if layer not in model.adapted_layers or not name.endswith(".weight"):
+        return
+    projections = {"linear_qkv": 3, "linear_fc1": 2}.get(layer, 1)
+    rows_cut = projections > 1
+    yield "lora_a", (projections * model.lora_rank, shape[1]), not rows_cut
+    yield "lora_b", (shape[0], model.lora_rank), rows_cut
+
+
 def _decoder_layer(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], dict]]:
     assert model.hidden_size and model.ffn_hidden_size and model.kv_channels
     assert model.num_attention_heads and model.num_query_groups
-    width, ffn = model.hidden_size, model.ffn_hidden_size
+    width, ffn, family = model.hidden_size, model.ffn_hidden_size, family_named(model.family)
     queries = model.num_attention_heads * model.kv_channels
     qkv = queries + 2 * model.num_query_groups * model.kv_channels
     matrix: dict = dict(split=True, rows="decoder")
     yield "input_layernorm.weight", (width,), {}
     yield "self_attention.linear_qkv.weight", (qkv, width), matrix
-    yield "self_attention.linear_qkv.bias", (qkv,), dict(split=True)
+    if family.qkv_bias:
+        yield "self_attention.linear_qkv.bias", (qkv,), dict(split=True)
+    if family.qk_norm:
+        yield "self_attention.q_layernorm.weight", (model.kv_channels,), {}
+        yield "self_attention.k_layernorm.weight", (model.kv_channels,), {}
     yield "self_attention.linear_proj.weight", (width, queries), matrix
     yield "pre_mlp_layernorm.weight", (width,), {}
     yield "mlp.linear_fc1.weight", (2 * ffn, width), matrix

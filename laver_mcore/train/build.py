@@ -13,7 +13,9 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from laver_kernels.backend import decide
 from laver_mcore.accounting.training_cost import training_cost
+from laver_mcore.config.decoders import chat_templates
 from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.load import from_recipe
 from laver_mcore.config.objectives import load_objective
 from laver_mcore.config.schema import Config
 from laver_mcore.convert.decoder import check_weights
@@ -38,7 +40,7 @@ from laver_mcore.model.vision_encoders import read_patch_size
 from laver_mcore.model.vision_language import VisionLanguageModel
 from laver_mcore.objectives.objective import Parts
 from laver_mcore.shapes.frozen import input_side
-from laver_mcore.train import checkpoint
+from laver_mcore.train import saved_weights
 from laver_mcore.train.engine import Engine
 
 
@@ -51,9 +53,11 @@ class BuildReport:
 
 
 def build_tokenizer(config: Config) -> Tokenizer:
-    """The recipe's tokenizer."""
+    """The recipe's tokenizer, with the chat template that the recipe or its decoder's family says."""
     assert config.data.tokenizer_model is not None
-    return load_tokenizer(config.data.tokenizer_model)
+    return load_tokenizer(
+        config.data.tokenizer_model, *chat_templates(config.model.family, config.data.chat_template)
+    )
 
 
 def build_image_processor(config: Config) -> ImageProcessor | None:
@@ -118,15 +122,20 @@ def build_data(config: Config, tokenizer: Tokenizer, device: torch.device | None
 
 
 def resolve_vocab_size(config: Config, tokenizer: Tokenizer) -> int:
-    """The model's vocabulary before padding: the recipe's or preset's, else the tokenizer's."""
-    wanted = config.model.vocab_size
+    """The model's vocabulary before padding: the recipe's or preset's, else the tokenizer's.
+
+    It grows by the tokens for vision that the tokenizer lacks, where it has no rows to spare.
+    """
+    wanted, added = config.model.vocab_size, len(tokenizer.added)
+    own = tokenizer.vocab_size - added
+    needed = own if config.vision.vision == "none" else tokenizer.vocab_size
     if wanted is None:
-        return tokenizer.vocab_size
-    if tokenizer.vocab_size > wanted:
+        return needed
+    if own > wanted:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, vocab_size is {wanted}; use the model's own tokenizer"
+            f"the tokenizer has {own} tokens, vocab_size is {wanted}; use the model's own tokenizer"
         )
-    return wanted
+    return max(wanted, needed)
 
 
 def with_kernels(config: Config, device: torch.device) -> Config:
@@ -141,6 +150,34 @@ def build_chunks(config: Config, topology: Topology, vocab_size: int) -> list[Vi
     stages: list[int | None] = list(range(topology.vp_size)) if topology.vp_size else [None]
     added = load_objective(config.objective.name).modules
     return [VisionLanguageModel(config, mcore, topology, vocab_size, stage, added) for stage in stages]
+
+
+def start_weights(
+    chunks: list[VisionLanguageModel], config: Config, vocab_size: int, topology: Topology
+) -> list[str]:
+    """Give every parameter the value that a run begins with; returns the names that another run's weights lack."""
+    initialize(chunks, config, vocab_size, topology)
+    if config.run.pretrained_checkpoint:
+        return _load_run(chunks, config, vocab_size, topology, config.run.pretrained_checkpoint)
+    if config.run.hf_path:
+        weights = open_weights(config.run.hf_path, allow_pickle=config.run.allow_pickle)
+        check_weights(weights, config.model, config.model.vocab_size or vocab_size, config.run.hf_path)
+        load_hf_weights(chunks, config.model, vocab_size, topology, weights)
+    return []
+
+
+def _load_run(
+    chunks: list[VisionLanguageModel],
+    config: Config,
+    vocab_size: int,
+    topology: Topology,
+    directory: str | Path,
+) -> list[str]:
+    """The weights of a run; where its checkpoint holds adapters alone, first those that it started from itself."""
+    if saved_weights.lacks_frozen(directory):
+        theirs = from_recipe(Path(directory) / "config.yaml")
+        start_weights(chunks, replace(config, run=theirs.run, train=theirs.train), vocab_size, topology)
+    return saved_weights.load_weights(chunks, config, vocab_size, directory)
 
 
 def finalize_grads(
@@ -193,14 +230,7 @@ def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[E
     """Model, optimizer and teacher of this rank; weights random, of `pretrained_checkpoint`, or of `hf_path`."""
     config = with_kernels(config, topology.device)
     chunks = build_chunks(config, topology, vocab_size)
-    initialize(chunks, config, vocab_size, topology)
-    fresh = []
-    if config.run.pretrained_checkpoint:
-        fresh = checkpoint.load_weights(chunks, config, vocab_size, config.run.pretrained_checkpoint)
-    elif config.run.hf_path:
-        weights = open_weights(config.run.hf_path, allow_pickle=config.run.allow_pickle)
-        check_weights(weights, config.model, vocab_size, config.run.hf_path)
-        load_hf_weights(chunks, config.model, vocab_size, topology, weights)
+    fresh = start_weights(chunks, config, vocab_size, topology)
     trainable = freeze(chunks, training_of(config), topology)
     models = _wrap(config, chunks)
     optimizer = build_optimizer(config, models)
@@ -227,7 +257,7 @@ def build_network(config: Config, topology: Topology, vocab_size: int, directory
     config = with_kernels(config, topology.device)
     chunks = build_chunks(config, topology, vocab_size)
     initialize(chunks, config, vocab_size, topology)
-    checkpoint.load_weights(chunks, config, vocab_size, directory)
+    _load_run(chunks, config, vocab_size, topology, directory)
     return Network(
         config=config,
         topology=topology,
@@ -247,6 +277,7 @@ def attention_geometry(config: Config) -> AttentionGeometry:
         head_dim=model.kv_channels,
         rotary_base=model.rotary_base,
         mrope_section=model.mrope_section,
+        rope_scaling=model.rope_scaling,
         rope_2d=config.attention.rope_2d,
         mixed=config.attention.mixed_attention,
     )

@@ -8,7 +8,6 @@ Holds model, teacher, optimizer, centre, RNG, iteration and data position. Tenso
 offset, so a run continues on any layout.
 """
 
-import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,24 +23,12 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from laver_mcore.config.schema import Config
 from laver_mcore.megatron.checkpoints import CheckpointError, checkpoint_folder, identity
-from laver_mcore.megatron.intact import newest_intact, seal
+from laver_mcore.megatron.intact import seal
 from laver_mcore.megatron.optimizer import allocate_state, coalesced_offsets, load_state
 from laver_mcore.megatron.publishing import check_finite, check_space, own_writers, publish, writing
 from laver_mcore.megatron.unpickling import reading
-from laver_mcore.model.vision_language import VisionLanguageModel
 from laver_mcore.train.engine import Engine
-
-logger = logging.getLogger(__name__)
-
-
-def _metadata() -> dict[str, Any]:
-    """How Megatron lays out what it saves; a new one each time, for Megatron writes its process groups into it."""
-    return {
-        # Megatron 0.16's default for the distributed optimizer cannot be saved from CPU, and this one reshards fully.
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "chained_optim_avoid_prefix": True,
-    }
+from laver_mcore.train.saved_weights import metadata, model_state, open_newest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +55,8 @@ def _nested(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def _model_state(chunks: list[VisionLanguageModel]) -> dict[str, Any]:
-    return {f"model{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(chunks)}
+def _without_frozen(config: Config) -> bool:
+    return config.model.lora_rank > 0 and not config.run.save_frozen
 
 
 def _teacher_state(
@@ -110,7 +97,7 @@ def _optimizer_state(engine: Engine, model: dict[str, Any], *, is_loading: bool)
     if is_loading:
         allocate_state(engine.optimizer)
     with coalesced_offsets(engine.optimizer):
-        state = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata())
+        state = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata())
     return {"optimizer": state}
 
 
@@ -159,7 +146,7 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
     if engine.config.parallel.overlap_param_gather:
         for wrapped in engine.models:
             wrapped.start_param_sync(force_sync=True)
-    model = _model_state(engine.chunks)
+    model = model_state(engine.chunks, _without_frozen(engine.config))
     state = {
         **model,
         "teacher": _teacher_to_save(engine, model),
@@ -170,13 +157,14 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
         "layout": _layout(engine),
         "distributed_optimizer": engine.config.parallel.use_distributed_optimizer,
         "identity": identity(engine.config, engine.vocab_size),
+        "without_frozen": _without_frozen(engine.config),
         "data": data_fingerprint,
     }
     check_finite(engine.chunks)
     check_space(state, aside)
     own_writers()
     with writing(aside):
-        dist_checkpointing.save(state, str(aside), content_metadata=_metadata())
+        dist_checkpointing.save(state, str(aside), content_metadata=metadata())
     with writing(aside):
         seal(aside)
     with writing(aside):
@@ -184,33 +172,9 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
     return folder
 
 
-def _open(
-    directory: str | Path, wanted_identity: dict[str, Any], *, verify: bool, may_lack_vision: bool = False
-) -> tuple[Path, dict[str, Any]]:
-    """Folder and common state of the newest whole checkpoint, after checking that it is of this model."""
-    folder, passed = newest_intact(directory, verify=verify)
-    for line in passed if dist.get_rank() == 0 else ():
-        logger.warning("%s", line)
-    with reading(folder):
-        common = dist_checkpointing.load_common_state_dict(str(folder))
-    stored = {"normalize_visual_tokens": False} | common.get("identity", {})
-    for name, wanted in wanted_identity.items():
-        if (
-            may_lack_vision
-            and stored.get("vision") == "none"
-            and name in ("vision", "normalize_visual_tokens")
-        ):
-            continue
-        if stored.get(name) != wanted:
-            raise CheckpointError(
-                f"{folder} is of another model: it has {name}={stored.get(name)!r}, this recipe {name}={wanted!r}"
-            )
-    return folder, common
-
-
 def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progress:
     """Resume: load everything into `engine` and return where the run stood. Raises `CheckpointError`."""
-    folder, common = _open(
+    folder, common = open_newest(
         directory, identity(engine.config, engine.vocab_size), verify=engine.config.run.verify_checkpoint
     )
     if common["data"] != data_fingerprint:
@@ -218,7 +182,8 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
             f"{folder} was trained on other data (records, tokenizer, seed or lengths changed); to start anew from its "
             f"weights use --pretrained-checkpoint {directory}"
         )
-    model = _model_state(engine.chunks)
+    without_frozen = common.get("without_frozen", False)
+    model = model_state(engine.chunks, without_frozen)
     distributed = common["distributed_optimizer"]
     if distributed != engine.config.parallel.use_distributed_optimizer:
         flag = "--use-distributed-optimizer" if distributed else "--no-use-distributed-optimizer"
@@ -237,7 +202,7 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
     with reading(folder):
         loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(engine.chunks):
-        chunk.load_state_dict(loaded[f"model{i}"])
+        chunk.load_state_dict(loaded[f"model{i}"], strict=not without_frozen)
     if "optimizer" in loaded:
         load_state(engine.optimizer, loaded["optimizer"])
     if engine.teacher is not None:
@@ -254,36 +219,3 @@ def _restore_rng(state: dict[str, Any]) -> None:
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(state["tracker"])
-
-
-def load_weights(
-    chunks: list[VisionLanguageModel], config: Config, vocab_size: int, directory: str | Path
-) -> list[str]:
-    """Start from another run's weights (`--pretrained-checkpoint`), before the optimizer is built.
-
-    Returns the names of parts that it does not have and that keep their fresh values; only the objective's own (and
-    the visual path, where the other run was on text alone) may be missing, anything else raises `CheckpointError`.
-    """
-    folder, common = _open(
-        directory, identity(config, vocab_size), verify=config.run.verify_checkpoint, may_lack_vision=True
-    )
-    # Weights converted from a text model have no visual path: connector and patches start fresh, a tower has its own.
-    visual = ("connector.", "vision_encoder.") if common["identity"]["vision"] == "none" else ()
-    own = {weight.name for weight in config.objective.parameters(config)}
-    with reading(folder):
-        stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
-    fresh: set[str] = set()
-    model = _model_state(chunks)
-    for part in model.values():
-        for name in list(part):
-            key = part[name].key
-            if key not in stored and not isinstance(part[name], ShardedObject):
-                if key not in own and not key.startswith(visual):
-                    raise CheckpointError(f"{folder} has no {key}; it is of another model")
-                fresh.add(key)
-                del part[name]
-    with reading(folder):
-        loaded = dist_checkpointing.load(model, str(folder))
-    for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{i}"], strict=not fresh)
-    return sorted(fresh)

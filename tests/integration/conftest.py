@@ -59,6 +59,8 @@ VARIANTS: dict[str, str] = {
     "text_rows": "--data-path {directory}/text_rows.json",
     "released": "--gram ga --gram-scope micro_batch --mask-draw bernoulli --no-mixed-attention --no-rope-2d",
     "lm_only": "--objective lm",
+    "qwen3": "--family qwen3 --kv-channels 24",
+    "llama3.1": "--family llama --rope-scaling 8 1 4 16",
 }
 VARIANT_LAYOUTS = ("tp1", "tp2_sp", "pp2", "dp2_distributed")
 

@@ -1,6 +1,6 @@
 """Compare our decoder with transformers' under the layouts of one world size: `parity_worker.py DIR`.
 
-DIR/MODEL.pt holds a Qwen2 configuration, its weights, documents, and transformers' logits and gradients.
+DIR/MODEL is a Hugging Face directory; DIR/MODEL.pt holds documents, and transformers' logits and gradients on them.
 """
 
 import json
@@ -20,89 +20,83 @@ LAYOUTS = {
 ROWS = 40
 
 
-def model_config(hf):
-    from laver_mcore.config.presets import fill_from_preset
-    from laver_mcore.config.schema import ModelConfig
-
-    return fill_from_preset(
-        ModelConfig(
-            model="tiny",
-            num_layers=hf["num_hidden_layers"],
-            hidden_size=hf["hidden_size"],
-            ffn_hidden_size=hf["intermediate_size"],
-            num_attention_heads=hf["num_attention_heads"],
-            num_query_groups=hf["num_key_value_heads"],
-            vocab_size=hf["vocab_size"],
-            untie_embeddings_and_output_weights=not hf["tie_word_embeddings"],
-            rotary_base=hf["rope_parameters"]["rope_theta"],
-            norm_epsilon=hf["rms_norm_eps"],
-            make_vocab_size_divisible_by=8,
-        )
-    )
-
-
-def check_layout(case, parallel_flags, device):
-    """Largest differences of logits (and of the relative gradient norm at TP 1) from transformers'."""
+def check_layout(directory, case, parallel_flags, device):
+    """Largest differences of logits, and of each gradient relative to its norm, from transformers'."""
     import torch
 
-    from laver_mcore.config.schema import Config, DataConfig, ParallelConfig, VisionConfig
+    from laver_mcore.config.load import resolve
+    from laver_mcore.config.schema import (
+        Config,
+        DataConfig,
+        ModelConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        RunConfig,
+        TrainConfig,
+        VisionConfig,
+    )
     from laver_mcore.convert.probe import probe, text_batch
-    from laver_mcore.convert.weights import load_hf_weights
     from laver_mcore.megatron import parallel
-    from laver_mcore.train.build import attention_geometry, build_chunks
+    from laver_mcore.train.build import build_engine
+    from laver_mcore.train.step import train_step
 
-    config = Config(
-        model=model_config(case["config"]),
-        vision=VisionConfig(vision="none"),
-        data=DataConfig(seq_length=ROWS),
-        parallel=ParallelConfig(**parallel_flags),
+    config = resolve(
+        Config(
+            model=ModelConfig(make_vocab_size_divisible_by=8),
+            vision=VisionConfig(vision="none"),
+            data=DataConfig(data_path=("none",), tokenizer_model="none", seq_length=ROWS, pad_to_multiple=4),
+            parallel=ParallelConfig(**parallel_flags),
+            optimizer=OptimizerConfig(clip_grad=0.0),
+            train=TrainConfig(
+                global_batch_size=2 if "num_virtual_stages_per_pipeline_rank" in parallel_flags else 1
+            ),
+            run=RunConfig(hf_path=str(directory)),
+        )
     )
     topology = parallel.build_topology(config.parallel, device)
-    vocab_size = case["config"]["vocab_size"]
-    chunks = build_chunks(config, topology, vocab_size)
-    fresh = load_hf_weights(chunks, config.model, vocab_size, topology, case["weights"])
-    assert not fresh, fresh
+    vocab_size = config.model.vocab_size
+    engine, _ = build_engine(config, topology, vocab_size)
     batch = text_batch(case["documents"], ROWS)
-    seen = probe(chunks, batch, attention_geometry(config), topology, vocab_size)
+    seen = probe(engine.chunks, batch, engine.geometry, topology, vocab_size)
     wanted_TV = torch.cat(case["logits"])
-    result = {
+    # The interleaved schedule wants two micro-batches: the same one twice has the same mean.
+    train_step(engine, [batch] * config.train.global_batch_size, 0)
+    return {
         "logits": float((seen.logits_TV[: len(wanted_TV)] - wanted_TV).abs().max()),
         "layers": [
             float((seen.layers[i][: len(wanted_TV)] - torch.cat(hidden)).abs().max())
             for i, hidden in enumerate(case["layers"])
         ],
         "scale": float(wanted_TV.abs().max()),
+        "gradients": gradients(case, engine, config, topology),
     }
-    if topology.world_size == 1:
-        result["gradients"] = gradients(case, chunks, batch, config, topology, vocab_size)
-    return result
 
 
-def gradients(case, chunks, batch, config, topology, vocab_size):
-    """Relative difference of every parameter's gradient."""
-    import torch.nn.functional as F
+def gradients(case, engine, config, topology):
+    """Relative difference of every parameter's gradient, the largest of all ranks' shards of it."""
+    import torch
+    import torch.distributed as dist
 
     from laver_mcore.convert.names import entries, fuse, pad_vocabulary
-    from laver_mcore.convert.probe import gather_logits
-    from laver_mcore.model.inputs import model_inputs
     from laver_mcore.model.parameters import named_parameters
-    from laver_mcore.train.build import attention_geometry
+    from laver_mcore.model.sharding import shard
 
-    inputs = model_inputs(
-        batch, ROWS, geometry=attention_geometry(config), num_shares=1, device=topology.device
-    )
-    logits_TV = gather_logits(chunks[0](inputs), topology, vocab_size)
-    F.cross_entropy(logits_TV, batch.labels_T, ignore_index=-100).backward()
     table = {entry.ours: entry for entry in entries(config.model)}
-    differences = {}
-    for item in named_parameters(chunks, topology):
+    mine = {}
+    for item in named_parameters(engine.chunks, topology):
         entry = table[item.name]
         wanted = fuse(entry, [case["gradients"][name] for name in entry.theirs], config.model)
         if entry.fusion == "vocabulary":
-            wanted = pad_vocabulary(wanted, item.parameter.shape[0])
-        error = (item.parameter.grad - wanted).norm() / wanted.norm()
-        differences[item.name] = float(error)
-    return differences
+            wanted = pad_vocabulary(wanted, item.parameter.shape[0] * topology.tp_size)
+        norm = wanted.norm()
+        if item.sharded:
+            wanted = shard(
+                wanted, item.name, item.parameter.partition_dim, topology.tp_rank, topology.tp_size
+            )
+        mine[item.name] = float(torch.linalg.vector_norm(item.parameter.main_grad - wanted) / norm)
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return {name: max(part.get(name, 0.0) for part in gathered) for part in gathered for name in part}
 
 
 def main(directory):
@@ -118,8 +112,9 @@ def main(directory):
     for path in sorted(directory.glob("*.pt")):
         case = torch.load(path, weights_only=True)
         for name, flags in LAYOUTS[world].items():
-            if case["config"]["num_hidden_layers"] % (4 if name == "pp2_vp2" else 1) == 0:
-                results[f"{path.stem}-{name}"] = check_layout(case, flags, device)
+            if len(case["layers"]) % (4 if name == "pp2_vp2" else 1) == 0:
+                folder = directory / path.stem
+                results[f"{path.stem}-{name}"] = check_layout(folder, case, flags, device)
     if dist.get_rank() == 0:
         (directory / f"results_{world}.json").write_text(json.dumps(results))
     parallel.shut_down()

@@ -35,6 +35,8 @@ CASES = {
     "aimv2": "--vision aimv2 --vision-path {directory}/aimv2 --vision-random-init --seq-length 256",
     "qwen2-vl": "--vision qwen2-vl --vision-path {directory}/qwen2-vl --vision-random-init",
     "qwen2.5-vl": "--vision qwen2.5-vl --vision-path {directory}/qwen2.5-vl --vision-random-init",
+    "qwen3": "--family qwen3 --untie-embeddings-and-output-weights True",
+    "llama3.1": "--family llama --rope-scaling 8 1 4 16",
     "released": "--no-mixed-attention --no-rope-2d",
     "victor": "--objective victor --pool-size 64 --no-mixed-attention --no-rope-2d",
 }

@@ -50,8 +50,10 @@ def test_answers_on_held_out_pages_equal_the_engines(demo):
         inputs = processor(text=written, images=[image])
         assert inputs["input_ids"][0].tolist() == prompts[-1].token_ids_L.tolist()
         new = model.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :].tolist()
-        found.append(new[: new.index(tokenizer.special.im_end)] if tokenizer.special.im_end in new else new)
-    stop = tokenizer.special.im_end
+        found.append(
+            new[: new.index(tokenizer.special.end_of_turn)] if tokenizer.special.end_of_turn in new else new
+        )
+    stop = tokenizer.special.end_of_turn
     wanted = generate(network, prompts, images, image_processor, stop_token=stop, max_new_tokens=12)
     assert found == wanted
     assert len({tuple(answer) for answer in wanted}) > 5

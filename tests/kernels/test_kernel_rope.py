@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from laver_kernels import rope_table
-from laver_kernels.mixed_attention.rope import rotate
+from laver_kernels.mixed_attention.rope import rotate, scaled
 
 
 def _positions(num_tokens=11):
@@ -52,6 +52,25 @@ def test_same_as_transformers(section):
     table = rope_table(positions, 64, section=section)
     for x, want in ((q, want_q), (k, want_k)):
         torch.testing.assert_close(rotate(x[0].transpose(0, 1), *table), want[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    "scaling", [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (8.0, 1.0, 4.0, 64), (2.0, 0.5, 2.0, 16)]
+)
+def test_scaled_frequencies_are_those_of_transformers(scaling):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    parameters = {"rope_type": "llama3", "rope_theta": 5e5, **dict(zip(names, scaling, strict=True))}
+    config = LlamaConfig(hidden_size=128, num_attention_heads=1, head_dim=128, rope_parameters=parameters)
+    wanted_F, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain_F = 1.0 / 5e5 ** (torch.arange(0, 128, 2).float() / 128)
+    torch.testing.assert_close(scaled(plain_F, *scaling), wanted_F, rtol=1e-6, atol=0)
+    assert 0 < int((wanted_F == plain_F).sum()) < 64
+    one = torch.ones(3, 1, dtype=torch.int64)
+    cos_TF, _ = rope_table(one, 128, 5e5, (0, 32, 32), scaling=scaling)
+    torch.testing.assert_close(cos_TF[0], wanted_F.cos())
 
 
 def test_inverse_after_forward_is_the_identity():

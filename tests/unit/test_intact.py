@@ -22,7 +22,7 @@ from laver_mcore.megatron.checkpoints import CheckpointError, SaveError
 from laver_mcore.megatron.intact import candidates, first_fault, newest_intact, saved_iterations
 from laver_mcore.megatron.publishing import prune
 from laver_mcore.megatron.unpickling import nothing_runs
-from laver_mcore.train import checkpoint
+from laver_mcore.train import checkpoint, saved_weights
 from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
 from laver_mcore.train.checkpoint import Progress
 from laver_mcore.train.step import train_step
@@ -252,7 +252,7 @@ def test_no_payload_runs(run, engine, tmp_path, poison):
     poison(folder, Payload(witness))
     for attempt in (
         lambda: checkpoint.load(engine, run, DATA),
-        lambda: checkpoint.load_weights(engine.chunks, engine.config, engine.vocab_size, run),
+        lambda: saved_weights.load_weights(engine.chunks, engine.config, engine.vocab_size, run),
         lambda: CheckpointReader(folder).read("mask_token"),
     ):
         with contextlib.suppress(CheckpointError):  # what is not read cannot be refused

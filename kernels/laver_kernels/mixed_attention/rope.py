@@ -12,6 +12,7 @@ def rope_table(
     base: float = 1e6,
     section: tuple[int, int, int] | None = None,
     device: torch.device | str | None = None,
+    scaling: tuple[float, float, float, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tabulates cos and sin, fp32 `[T, head_dim / 2]`, of the angle of every token and frequency.
 
@@ -19,6 +20,7 @@ def rope_table(
     reads the axis in whose band it falls: the first `section[0]` frequencies read t, the next row, the next
     column; the default `(0, head_dim/4, head_dim/4)` is the pure 2D split. Where the three positions agree
     (text) this is 1D RoPE. Source: Qwen2-VL's multimodal RoPE (arXiv 2409.12191, 2.1), same band order.
+    `scaling` slows frequencies as Llama 3.1 does: (factor, low, high, original positions), see `scaled`.
 
     Raises:
         ValueError: odd head dimension, or a section that does not sum to head_dim / 2.
@@ -39,12 +41,25 @@ def rope_table(
     device = positions_3T.device if device is None else torch.device(device)
     exponent_F = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequency_F = 1.0 / base**exponent_F
+    if scaling is not None:
+        frequency_F = scaled(frequency_F, *scaling)
     # Built on the host: repeating by counts on a GPU would wait for it to learn the length.
     axes = [axis for axis, count in enumerate(section) for _ in range(count)]
     axis_F = torch.tensor(axes).to(device, non_blocking=True)
     position_TF = positions_3T.to(device).float()[axis_F].T
     angle_TF = position_TF * frequency_F
     return angle_TF.cos().contiguous(), angle_TF.sin().contiguous()
+
+
+def scaled(frequency_F: Tensor, factor: float, low: float, high: float, positions: int) -> Tensor:
+    """Rotary frequencies for sequences longer than the `positions` that the model first learned.
+
+    What turns at least `high` times within them stays, what turns less than `low` times is `factor` times slower,
+    and between the two the turns decide how much of either. Source: Llama 3.1 (arXiv 2407.21783, 3.4.2).
+    """
+    turns_F = positions * frequency_F / (2.0 * torch.pi)
+    kept_F = ((turns_F - low) / (high - low)).clamp(0.0, 1.0)
+    return (1.0 - kept_F) * frequency_F / factor + kept_F * frequency_F
 
 
 def rotate(x_THD: Tensor, cos_TF: Tensor, sin_TF: Tensor, inverse: bool = False) -> Tensor:

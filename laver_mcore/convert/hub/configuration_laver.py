@@ -1,10 +1,10 @@
-"""Configuration of an exported LaVer model: a Qwen2 decoder, a visual path, and how image tokens are
+"""Configuration of an exported LaVer model: a decoder of transformers, a visual path, and how image tokens are
 arranged.
 """
 
 from typing import Any
 
-from transformers import PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, PreTrainedConfig
 
 
 class LaverConfig(PreTrainedConfig):
@@ -13,11 +13,11 @@ class LaverConfig(PreTrainedConfig):
     """
 
     model_type = "laver"
-    sub_configs = {"text_config": Qwen2Config}  # noqa: RUF012
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
 
     def __init__(
         self,
-        text_config: dict[str, Any] | Qwen2Config | None = None,
+        text_config: dict[str, Any] | PreTrainedConfig | None = None,
         vision: str = "encoder-free",
         vision_config: dict[str, Any] | None = None,
         vision_layer: int = -1,
@@ -31,8 +31,8 @@ class LaverConfig(PreTrainedConfig):
         mixed_attention: bool = True,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(text_config, Qwen2Config):
-            text_config = Qwen2Config(**(text_config or {}))
+        if not isinstance(text_config, PreTrainedConfig):
+            text_config = AutoConfig.for_model(**{"model_type": "qwen2", **(text_config or {})})
         text: Any = text_config
         self.text_config = text
         self.vision = vision

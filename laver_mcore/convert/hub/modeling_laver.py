@@ -1,8 +1,8 @@
-"""LaVer (arXiv 2512.06281) for transformers: Qwen2 with mixed attention and 2D rotary positions for images.
+"""LaVer (arXiv 2512.06281) for transformers: a decoder with mixed attention and 2D rotary positions for images.
 
-    pixels -> tower (or bare patches) -> connector -> visual tokens in the places of <|image_pad|> -> Qwen2
+    pixels -> tower (or bare patches) -> connector -> visual tokens in the places of <|image_pad|> -> decoder
 
-Two things differ from Qwen2. A token of an image sees all tokens of that image, later ones too; everything
+Two things differ from its architecture. A token of an image sees all tokens of that image, later ones too; everything
 else is causal. And a visual token (r, c) of an image that begins at position p stands at (p, p + r, p + c),
 the next text token at p + max(rows, columns), the three coordinates rotating their own bands of frequencies.
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel, Qwen2Model
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_laver import LaverConfig
@@ -94,16 +94,29 @@ class LaverRotaryEmbedding(nn.Module):
         super().__init__()
         text = config.text_config
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.base = text.rope_parameters["rope_theta"]
+        rope = text.rope_parameters
+        self.base = rope["rope_theta"]
+        self.scaling = None
+        if rope.get("rope_type", "default") == "llama3":
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            self.scaling = [rope[name] for name in names]
         self.section = config.mrope_section
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Computed here, not kept: a buffer would be cast along with the weights.
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=x.device) / self.head_dim
         axis = torch.repeat_interleave(torch.arange(3), torch.tensor(self.section)).to(x.device)
-        angles = position_ids.float()[axis].permute(1, 2, 0) * (1.0 / self.base**exponents)
+        angles = position_ids.float()[axis].permute(1, 2, 0) * self._scaled(1.0 / self.base**exponents)
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+    def _scaled(self, frequencies: torch.Tensor) -> torch.Tensor:
+        """Llama 3.1's slower low frequencies (arXiv 2407.21783, 3.4.2), where the decoder has them."""
+        if self.scaling is None:
+            return frequencies
+        factor, low, high, positions = self.scaling
+        kept = ((positions * frequencies / (2.0 * torch.pi) - low) / (high - low)).clamp(0.0, 1.0)
+        return (1.0 - kept) * frequencies / factor + kept * frequencies
 
 
 class LaverConnector(nn.Module):
@@ -132,7 +145,7 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = False  # it takes no mask, and would silently be causal
     _supports_attention_backend = False
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _no_split_modules = ["Qwen2DecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config: LaverConfig) -> None:
         super().__init__(config)
@@ -143,7 +156,7 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             self.vision_encoder = build_tower(config)
             self.connector = LaverConnector([self.vision_encoder.hidden_size, hidden, width])
-        self.model = Qwen2Model(config.text_config)
+        self.model = AutoModel.from_config(config.text_config)
         self.model.rotary_emb = LaverRotaryEmbedding(config)
         self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
         self.post_init()
@@ -205,7 +218,7 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
         mask = mixed_mask(image_ids, attention_mask, past, self.config.mixed_attention, embeds.dtype)
         outputs = self.model(
             inputs_embeds=embeds,
-            attention_mask={"full_attention": mask},
+            attention_mask=mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,

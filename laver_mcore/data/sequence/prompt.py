@@ -1,9 +1,9 @@
-"""Qwen's chat template: turns and image grids -> token ids, next-token labels, image spans.
+"""Turns and image grids -> token ids, next-token labels, image spans; written as the tokenizer's chat template says.
 
     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
     <|im_start|>user\\n<|vision_start|><|image_pad|> x N<|vision_end|>\\nWhat is this?<|im_end|>\\n
     <|im_start|>assistant\\nA cat.<|im_end|>\\n
-                        ^^^^^^^^^^^^^^^^ supervised
+                        ^^^^^^^^^^^^^^^^ learned
 
 Shapes: L = tokens of one sample.
 """
@@ -16,6 +16,7 @@ import numpy as np
 
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.records.sample import IMAGE_PLACEHOLDER, Turn
+from laver_mcore.data.sequence.chat import Slot, cut
 from laver_mcore.data.sequence.tokenizer import Tokenizer
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
@@ -73,10 +74,10 @@ def encode_sample(
     *,
     system_prompt: str = DEFAULT_SYSTEM_PROMPT,
 ) -> EncodedSample:
-    """Encode a conversation for training: loss on the assistant's text and its `<|im_end|>` only.
+    """Encode a conversation for training: loss on the assistant's text and the token that ends it only.
 
     `grids` holds (height, width) in tokens for each image, in the order of the `<image>` placeholders. A
-    system turn at the front replaces `system_prompt`; an empty system prompt writes no system block.
+    system turn at the front replaces `system_prompt`; an empty one leaves it to the template what stands there.
     """
     writer = _Writer(tokenizer, grids)
     writer.conversation(turns, system_prompt)
@@ -92,9 +93,7 @@ def encode_prompt(
 ) -> EncodedSample:
     """Encode turns that await an answer; ends with `<|im_start|>assistant\\n` and supervises nothing."""
     writer = _Writer(tokenizer, grids)
-    writer.conversation(turns, system_prompt)
-    writer.special(tokenizer.special.im_start)
-    writer.text("assistant\n")
+    writer.conversation(turns, system_prompt, ask=True)
     encoded = writer.finish()
     return EncodedSample(
         token_ids_L=encoded.token_ids_L,
@@ -104,7 +103,10 @@ def encode_prompt(
 
 
 class _Writer:
-    """Appends text and special tokens, remembering which tokens are to be learned and where images are."""
+    """Appends text and special tokens, remembering which tokens are to be learned and where images are.
+
+    Texts that meet are encoded as one, except at an image and where an answer begins, as generation sees it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, grids: Sequence[tuple[int, int]]) -> None:
         self._tokenizer = tokenizer
@@ -112,21 +114,33 @@ class _Writer:
         self._ids: list[int] = []
         self._learned: list[tuple[int, int]] = []
         self._spans: list[ImageSpan] = []
+        self._waiting = ""
+        self._after: str | None = None
 
-    def conversation(self, turns: Sequence[Turn], system_prompt: str) -> None:
+    def conversation(self, turns: Sequence[Turn], system_prompt: str, ask: bool = False) -> None:
         if system_prompt and not (turns and turns[0].role == "system"):
             turns = [Turn("system", system_prompt), *turns]
+        turns = [turn for turn in turns if turn.role != "system" or turn.text]
+        slots: list[Slot] = []
+        texts: list[list[str]] = []
         for turn in turns:
-            if turn.role == "system" and not turn.text:
-                continue
-            self._turn(turn)
-
-    def special(self, token: int) -> None:
-        self._ids.append(token)
-
-    def text(self, text: str) -> None:
-        if text:
-            self._ids.extend(self._tokenizer.encode(text))
+            slot, text = cut(turn.role, turn.split())
+            slots.append(slot)
+            texts.append(text)
+        start = 0
+        for piece in self._tokenizer.chat.pieces(tuple(slots), ask):
+            if piece.kind == "special":
+                self._special(piece.token)
+            elif piece.kind == "text":
+                self._waiting += piece.text
+            elif piece.kind == "turn":
+                self._turn(texts[piece.turn])
+            else:
+                self._flush()
+                if piece.kind == "stop":
+                    self._learned.append((start, len(self._ids)))
+                start = len(self._ids)
+        self._flush()
 
     def finish(self) -> EncodedSample:
         if len(self._spans) != len(self._grids):
@@ -135,31 +149,27 @@ class _Writer:
             )
         token_ids_L = np.array(self._ids, dtype=np.int32)
         labels_L = np.full_like(token_ids_L, IGNORE)
-        for start, stop in self._learned:  # a role header stands before every answer, so start >= 1
+        for start, stop in self._learned:
+            start = max(start, 1)  # nothing predicts the first token
             labels_L[start - 1 : stop - 1] = token_ids_L[start:stop]
         return EncodedSample(token_ids_L=token_ids_L, labels_L=labels_L, image_spans=tuple(self._spans))
 
-    def _turn(self, turn: Turn) -> None:
-        self.special(self._tokenizer.special.im_start)
-        if turn.role == "assistant":
-            # Header and answer are encoded apart, as generation sees them.
-            self.text("assistant\n")
-            start = len(self._ids)
-            self.text(turn.text)
-            self.special(self._tokenizer.special.im_end)
-            self._learned.append((start, len(self._ids)))
-        elif turn.role == "user":
-            # No merge across the header, text and images: special tokens are boundaries to the tokenizer.
-            first, *rest = turn.split()
-            self.text(f"user\n{first}")
-            for text in rest:
-                self._image()
-                self.text(text)
-            self.special(self._tokenizer.special.im_end)
-        else:
-            self.text(f"{turn.role}\n{turn.text}")
-            self.special(self._tokenizer.special.im_end)
-        self.text("\n")
+    def _special(self, token: int) -> None:
+        self._flush()
+        self._ids.append(token)
+        self._after = "special"
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._ids.extend(self._tokenizer.encode(self._waiting, after=self._after))
+            self._waiting, self._after = "", "text"
+
+    def _turn(self, texts: Sequence[str]) -> None:
+        first, *rest = texts
+        self._waiting += first
+        for text in rest:
+            self._image()
+            self._waiting += text
 
     def _image(self) -> None:
         special = self._tokenizer.special
@@ -167,7 +177,7 @@ class _Writer:
         if index >= len(self._grids):
             raise DataError(f"more {IMAGE_PLACEHOLDER} placeholders than the {len(self._grids)} image(s)")
         height, width = self._grids[index]
-        self.special(special.vision_start)
+        self._special(special.vision_start)
         self._spans.append(ImageSpan(len(self._ids), height, width))
         self._ids.extend([special.image_pad] * (height * width))
-        self.special(special.vision_end)
+        self._special(special.vision_end)

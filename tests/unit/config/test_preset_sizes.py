@@ -1,4 +1,4 @@
-"""The presets have Qwen2.5's published parameter counts, counted on the built model, no weight allocated."""
+"""The presets have the published parameter counts, counted on the built model, no weight allocated."""
 
 import json
 import os
@@ -18,6 +18,9 @@ PUBLISHED = {
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-3b": 3_085_938_688,
     "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "vicuna-7b": 6_738_415_616,
+    "llama3.1-8b": 8_030_261_248,
 }
 # Tensor x pipeline sizes of the pretended ranks; together they hold every parameter exactly once.
 LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2_pp2": (2, 2)}

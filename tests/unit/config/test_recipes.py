@@ -52,8 +52,8 @@ PRECEDENCE = {
     "rotary_sections_follow": ("--hidden-size 256", "model", "mrope_section", (0, 16, 16)),
 }
 
-# Shape fields of Qwen2.5's published config.json files: layers, width, MLP, heads, groups, vocabulary, tied.
-QWEN = {
+# Shape fields of published config.json files: layers, width, MLP, heads, groups, vocabulary, tied.
+SHAPES = {
     "qwen2.5-0.5b": (24, 896, 4864, 14, 2, 151936, True),
     "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 151936, True),
     "qwen2.5-3b": (36, 2048, 11008, 16, 2, 151936, True),
@@ -61,6 +61,26 @@ QWEN = {
     "qwen2.5-14b": (48, 5120, 13824, 40, 8, 152064, False),
     "qwen2.5-32b": (64, 5120, 27648, 40, 8, 152064, False),
     "qwen2.5-72b": (80, 8192, 29568, 64, 8, 152064, False),
+    "qwen3-0.6b": (28, 1024, 3072, 16, 8, 151936, True),
+    "qwen3-1.7b": (28, 2048, 6144, 16, 8, 151936, True),
+    "qwen3-4b": (36, 2560, 9728, 32, 8, 151936, True),
+    "qwen3-8b": (36, 4096, 12288, 32, 8, 151936, False),
+    "qwen3-14b": (40, 5120, 17408, 40, 8, 151936, False),
+    "qwen3-32b": (64, 5120, 25600, 64, 8, 151936, False),
+    "llama2-7b": (32, 4096, 11008, 32, 32, 32000, False),
+    "llama2-13b": (40, 5120, 13824, 40, 40, 32000, False),
+    "vicuna-7b": (32, 4096, 11008, 32, 32, 32000, False),
+    "vicuna-13b": (40, 5120, 13824, 40, 40, 32000, False),
+    "llama3-8b": (32, 4096, 14336, 32, 8, 128256, False),
+    "llama3.1-8b": (32, 4096, 14336, 32, 8, 128256, False),
+}
+# Beginning of a preset's name -> family, rotary base, epsilon of the norms.
+FAMILY = {
+    "qwen2.5": ("qwen2", 1e6, 1e-6),
+    "qwen3": ("qwen3", 1e6, 1e-6),
+    "llama2": ("llama", 1e4, 1e-5),
+    "vicuna": ("llama", 1e4, 1e-5),
+    "llama3": ("llama", 5e5, 1e-5),
 }
 
 # Ranks, flags -> data-parallel size, or words of the refusal.
@@ -136,7 +156,7 @@ def test_examples_are_there():
     assert {f"qwen2.5-7b-siglip2/stage{stage}.yaml" for stage in (1, 2, 3)} <= set(RECIPES)
 
 
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", SHAPES)
 def test_preset_has_the_published_shape(name):
     filled = fill_from_preset(ModelConfig(model=name))
     names = (
@@ -147,11 +167,14 @@ def test_preset_has_the_published_shape(name):
         "num_query_groups",
         "vocab_size",
     )
-    assert (*(getattr(filled, n) for n in names), not filled.untie_embeddings_and_output_weights) == QWEN[
+    assert (*(getattr(filled, n) for n in names), not filled.untie_embeddings_and_output_weights) == SHAPES[
         name
     ]
-    assert (filled.rotary_base, filled.norm_epsilon) == (1e6, 1e-6)
-    assert set(QWEN) | {"tiny"} == set(PRESETS)
+    family, base, epsilon = next(known for start, known in FAMILY.items() if name.startswith(start))
+    assert (filled.family, filled.rotary_base, filled.norm_epsilon) == (family, base, epsilon)
+    assert filled.kv_channels == (64 if name == "qwen2.5-0.5b" else 128)
+    assert filled.rope_scaling == ((8.0, 1.0, 4.0, 8192) if name == "llama3.1-8b" else None)
+    assert set(SHAPES) | {"tiny"} == set(PRESETS)
 
 
 @pytest.mark.parametrize(("ranks", "flags", "wanted"), WORLDS.values(), ids=WORLDS)

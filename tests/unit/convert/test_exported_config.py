@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sample_decoders import FAMILIES, random_decoder
 from unit.model.test_native_encoders import write_directory
 
 from laver_mcore.config.hugging_face import read_shape, text_config
@@ -47,6 +48,17 @@ PIXELS = dict(
 
 def model(untied=True, **changes):
     return fill_from_preset(ModelConfig(**SHAPE | changes, untie_embeddings_and_output_weights=untied))
+
+
+NUMBERS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "rms_norm_eps",
+)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -94,16 +106,23 @@ def test_text_config_is_what_transformers_reads_and_writes(tmp_path, tied):
     ours = fill_from_preset(ModelConfig(), read_shape(tmp_path))
     assert ours.untie_embeddings_and_output_weights == (not tied)
     again = Qwen2Config(**text_config(ours, 77))
-    fields = (
-        "num_hidden_layers",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-    )
-    fields += ("vocab_size", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")
+    fields = (*NUMBERS, "rope_parameters", "tie_word_embeddings")
     assert {name: getattr(again, name) for name in fields} == {name: getattr(theirs, name) for name in fields}
     assert again.head_dim == 8
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_what_transformers_reads_and_writes(tmp_path, name):
+    """Llama 3.1's rotary scaling and Qwen3's heads included."""
+    from transformers import AutoConfig
+
+    theirs = random_decoder(name).config
+    theirs.save_pretrained(tmp_path)
+    ours = fill_from_preset(ModelConfig(), read_shape(tmp_path))
+    assert (ours.rope_scaling is not None) == ("3.1" in name or "3.2" in name)
+    again = AutoConfig.for_model(**text_config(ours, 101))
+    for field in (*NUMBERS, "head_dim", "rope_parameters", "tie_word_embeddings", "model_type"):
+        assert getattr(again, field) == getattr(theirs, field), field
 
 
 def test_untied_where_the_flag_is_missing(tmp_path):
@@ -189,6 +208,6 @@ def test_preprocessor_config_of_a_native_tower(tmp_path):
 
 
 def test_generation_config():
-    special = SimpleNamespace(im_start=1, im_end=2, pad=3, image_pad=4)
+    special = SimpleNamespace(end_of_turn=2, pad=3, image_pad=4)
     said = _generation_config(SimpleNamespace(special=special))
     assert (said["eos_token_id"], said["pad_token_id"], said["do_sample"]) == (2, 3, False)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sample_decoders import FAMILIES, random_decoder
 
-from laver_mcore.config.presets import PRESETS
 from laver_mcore.convert.decoder import export_decoder, import_decoder
 from laver_mcore.convert.distributed_checkpoint import row_blocks
 from laver_mcore.convert.errors import ConversionError
@@ -17,28 +17,11 @@ from laver_mcore.convert.safetensors_directory import TensorToWrite, open_weight
 from laver_mcore.megatron.checkpoints import CheckpointError
 
 ROOT = Path(__file__).parents[3]
-QWEN = [name for name in PRESETS if name.startswith("qwen")]
 
 
-def write_model(path, preset="qwen2.5-7b", dtype=torch.float32, max_shard_size="5GB"):
-    """A random model of the preset's head ratio and tying, two narrow layers."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    heads, groups = PRESETS[preset]["num_attention_heads"], PRESETS[preset]["num_query_groups"]
-    config = Qwen2Config(
-        num_hidden_layers=2,
-        hidden_size=4 * heads,
-        intermediate_size=24,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        vocab_size=51,
-        tie_word_embeddings=not PRESETS[preset]["untie_embeddings_and_output_weights"],
-    )
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter))
+def write_model(path, name="qwen2", dtype=torch.float32, max_shard_size="5GB"):
+    """A random model of two narrow layers, in a directory; returns its tensors."""
+    model = random_decoder(name, vocab_size=51).to(dtype)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -56,19 +39,20 @@ def assert_same_bits(found, wanted):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("preset", QWEN)
-def test_round_trip_is_bit_exact(tmp_path, preset, dtype):
-    wanted = write_model(tmp_path / "hf", preset, dtype, max_shard_size="20KB")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip_is_bit_exact(tmp_path, name, dtype):
+    wanted = write_model(tmp_path / "hf", name, dtype, max_shard_size="20KB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
     import_decoder(tmp_path / "hf", tmp_path / "mcore")
     export_decoder(tmp_path / "mcore", tmp_path / "back")
     assert_same_bits(read_model(tmp_path / "back"), wanted)
 
 
-def test_exported_directory_loads_in_transformers(tmp_path):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exported_directory_loads_in_transformers(tmp_path, name):
     from transformers import AutoModelForCausalLM
 
-    wanted = write_model(tmp_path / "hf")
+    wanted = write_model(tmp_path / "hf", name)
     import_decoder(tmp_path / "hf", tmp_path / "mcore")
     export_decoder(tmp_path / "mcore", tmp_path / "back")
     tokens = torch.arange(10)[None]
@@ -164,11 +148,50 @@ def more_layers(path):
 
 
 def unknown_architecture(path):
+    return edit_config(path, model_type="gemma3_text", architectures=["Gemma3ForCausalLM"])
+
+
+def another_family(path):
     return edit_config(path, model_type="llama", architectures=["LlamaForCausalLM"])
 
 
 def scaled_rope(path):
     return edit_config(path, rope_scaling={"type": "yarn", "factor": 4.0})
+
+
+def llama_rope(path):
+    return edit_config(path, rope_scaling={"rope_type": "llama3", "factor": 8.0})
+
+
+def sliding_window(path):
+    return edit_config(path, use_sliding_window=True, sliding_window=4096)
+
+
+def mistral_window(path):
+    config = json.loads((path / "config.json").read_text())
+    del config["use_sliding_window"], config["layer_types"]
+    (path / "config.json").write_text(json.dumps(config))
+    return edit_config(path, model_type="mistral", sliding_window=4096)
+
+
+def window_in_some_layers(path):
+    return edit_config(path, layer_types=["full_attention", "sliding_attention"])
+
+
+def mixture_of_experts(path):
+    return edit_config(path, model_type="qwen3_moe", num_experts=128)
+
+
+def experts_of_mixtral(path):
+    return edit_config(path, model_type="mixtral", num_local_experts=8)
+
+
+def quantised(path):
+    return edit_config(path, quantization_config={"quant_method": "awq", "bits": 4})
+
+
+def biased_attention(path):
+    return edit_config(path, model_type="qwen3", attention_bias=True)
 
 
 def broken_json(path):
@@ -182,16 +205,25 @@ def pickled(path):
 
 
 BAD = {
-    no_directory: "config.json: no such file; give a Hugging Face directory of Qwen2 or Qwen2.5",
+    no_directory: "config.json: no such file; give a Hugging Face directory of qwen2 or llama or qwen3",
     missing_shard: "is missing, one of the",
     truncated: "truncated or not a safetensors file",
     not_safetensors: "truncated or not a safetensors file",
     no_weights: "has no model.safetensors and no model.safetensors.index.json",
-    wrong_shape: r"mlp.gate_proj.weight is \[24, 112\], its config.json asks for \[32, 112\]",
-    fewer_layers: "model.layers.1.* has no place in a Qwen2.5 decoder",
+    wrong_shape: r"mlp.gate_proj.weight is \[96, 112\], its config.json asks for \[32, 112\]",
+    fewer_layers: "model.layers.1.* has no place in a qwen2 decoder",
     more_layers: "has no model.layers.2.",
-    unknown_architecture: "model_type='llama', wanted 'qwen2'",
+    unknown_architecture: "model_type='gemma3_text' is no decoder known here, only 'qwen2', 'llama', 'qwen3'",
+    another_family: "_proj.bias has no place in a llama decoder",
     scaled_rope: "rope_type='yarn' is not supported",
+    llama_rope: r"rope_type='llama3' is not supported \(model_type='qwen2'\)",
+    sliding_window: r"sliding-window attention \(sliding_window=4096\) is not supported \(model_type='qwen2'\)",
+    mistral_window: r"sliding-window attention \(sliding_window=4096\) is not supported \(model_type='mistral'\)",
+    window_in_some_layers: "attention of type sliding_attention is not supported",
+    mixture_of_experts: r"a mixture of experts \(num_experts=128\) is not supported \(model_type='qwen3_moe'\)",
+    experts_of_mixtral: r"a mixture of experts \(num_local_experts=8\) is not supported \(model_type='mixtral'\)",
+    quantised: r"a quantised model \(quantization_config\) is not supported",
+    biased_attention: r"attention_bias=True is not supported \(model_type='qwen3'\)",
     broken_json: "broken JSON",
     pickled: "has pickled weights only; use a directory with safetensors, or --allow-pickle",
 }

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, rms_norm, silu
 
+from laver_mcore.config.decoders import family_named
 from laver_mcore.config.presets import PRESETS, fill_from_preset
 from laver_mcore.config.schema import ModelConfig
 from laver_mcore.convert.names import (
@@ -19,7 +20,7 @@ from laver_mcore.convert.names import (
 )
 from laver_mcore.model.sharding import shard
 
-QWEN = [name for name in PRESETS if name.startswith("qwen")]
+DECODERS = [name for name in PRESETS if name != "tiny"]
 
 
 def small(preset: str) -> ModelConfig:
@@ -27,12 +28,17 @@ def small(preset: str) -> ModelConfig:
     heads, groups = PRESETS[preset]["num_attention_heads"], PRESETS[preset]["num_query_groups"]
     return fill_from_preset(
         ModelConfig(
-            model=preset, num_layers=2, hidden_size=4 * heads, ffn_hidden_size=24, num_query_groups=groups
+            model=preset,
+            num_layers=2,
+            hidden_size=4 * heads,
+            ffn_hidden_size=24,
+            num_query_groups=groups,
+            kv_channels=6 if "kv_channels" in PRESETS[preset] else None,
         )
     )
 
 
-@pytest.mark.parametrize("preset", QWEN)
+@pytest.mark.parametrize("preset", DECODERS)
 def test_fuse_and_split_are_inverse(preset):
     config = small(preset)
     for entry in entries(config):
@@ -43,7 +49,7 @@ def test_fuse_and_split_are_inverse(preset):
             assert torch.equal(back, tensor)
 
 
-@pytest.mark.parametrize("preset", QWEN)
+@pytest.mark.parametrize("preset", DECODERS)
 def test_queries_lie_beside_their_keys_and_values(preset):
     config = small(preset)
     entry = next(e for e in entries(config) if e.fusion == "qkv")
@@ -59,22 +65,24 @@ def test_queries_lie_beside_their_keys_and_values(preset):
     assert fuse(entry, theirs, config)[:: config.kv_channels, 0].tolist() == wanted
 
 
-@pytest.mark.parametrize("preset", QWEN)
+@pytest.mark.parametrize("preset", DECODERS)
 def test_names_match_transformers(preset):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = small(preset)
-    hf = Qwen2Config(
+    hf = AutoConfig.for_model(
+        family_named(config.family).model_type,
         num_hidden_layers=2,
         hidden_size=config.hidden_size,
         intermediate_size=24,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_query_groups,
+        head_dim=config.kv_channels,
         vocab_size=50,
         tie_word_embeddings=not config.untie_embeddings_and_output_weights,
     )
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(hf)
+        model = AutoModelForCausalLM.from_config(hf)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     table = entries(config)
     found = {

@@ -9,11 +9,12 @@ import tokenizers
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from laver_mcore.data.sequence.tokenizer import CHAT_TOKENS, load_tokenizer
+from laver_mcore.config.decoders.templates import CHATML
+from laver_mcore.data.sequence.tokenizer import VISION_TOKENS, load_tokenizer
 
 CORPUS = [f"which digits are in row {i}? They are {i * 7 % 10}, {i * 3 % 10} and {i}." for i in range(60)]
 
-SPECIAL = tuple(CHAT_TOKENS.values())
+SPECIAL = ("<|im_start|>", "<|im_end|>", *VISION_TOKENS.values())
 
 # Qwen2.5's chat template, tools left out.
 QWEN_TEMPLATE = """
@@ -84,12 +85,12 @@ def sentencepiece_path(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def hugging_face(hugging_face_path):
-    return load_tokenizer(hugging_face_path)
+    return load_tokenizer(hugging_face_path, CHATML)
 
 
 @pytest.fixture(scope="session", params=["hugging_face", "sentencepiece"])
 def tokenizer(request):
-    return load_tokenizer(request.getfixturevalue(f"{request.param}_path"))
+    return load_tokenizer(request.getfixturevalue(f"{request.param}_path"), CHATML)
 
 
 @pytest.fixture(scope="session")

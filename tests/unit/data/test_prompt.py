@@ -6,7 +6,7 @@ import pytest
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.records.sample import Turn
 from laver_mcore.data.sequence.prompt import IGNORE, ImageSpan, encode_prompt, encode_sample
-from laver_mcore.data.sequence.tokenizer import CHAT_TOKENS, load_tokenizer
+from laver_mcore.data.sequence.tokenizer import VISION_TOKENS, load_tokenizer
 
 SYSTEM = "You are a helpful assistant."
 QUESTION = Turn("user", "which digits are in row 2?")
@@ -72,11 +72,11 @@ def test_loss_is_on_the_answers_and_their_ends_only(tokenizer):
     encoded = encode_sample(turns, [(2, 2)], tokenizer)
     learned = np.flatnonzero(encoded.labels_L != IGNORE)
     assert encoded.labels_L[learned].tolist() == encoded.token_ids_L[learned + 1].tolist()
-    end = tokenizer.special.im_end
+    end = tokenizer.special.end_of_turn
     assert encoded.labels_L[learned].tolist() == [
-        *tokenizer.encode("They are 4, 6 and 2."),
+        *tokenizer.encode("They are 4, 6 and 2.", after="text"),
         end,
-        *tokenizer.encode("and 4"),
+        *tokenizer.encode("and 4", after="text"),
         end,
     ]
     assert encoded.labels_L[-1] == IGNORE
@@ -127,10 +127,13 @@ def test_span_stops_after_its_grid():
 def test_tokenizer_interface(tokenizer):
     text = "which digits are in row 3?"
     ids = tokenizer.encode(text)
-    assert tokenizer.decode([tokenizer.special.im_start, *ids, tokenizer.special.im_end]).strip() == text
-    assert "<|im_end|>" in tokenizer.decode([tokenizer.special.im_end], skip_special_tokens=False)
+    assert (
+        tokenizer.decode([tokenizer.special.vision_start, *ids, tokenizer.special.end_of_turn]).strip()
+        == text
+    )
+    assert "<|im_end|>" in tokenizer.decode([tokenizer.special.end_of_turn], skip_special_tokens=False)
     assert max(tokenizer.special.__dict__.values()) < tokenizer.vocab_size
-    assert len({getattr(tokenizer.special, name) for name in CHAT_TOKENS}) == len(CHAT_TOKENS)
+    assert len({getattr(tokenizer.special, name) for name in VISION_TOKENS}) == len(VISION_TOKENS)
 
 
 def test_the_vocabulary_ends_behind_its_largest_id(hugging_face, reference, sentencepiece_path):
@@ -144,9 +147,9 @@ def test_the_vocabulary_ends_behind_its_largest_id(hugging_face, reference, sent
 def test_padding_and_ends_are_the_tokenizers_own(hugging_face, reference):
     special = hugging_face.special
     assert special.pad == reference.convert_tokens_to_ids("<|endoftext|>")
-    assert special.eos == special.im_end == reference.convert_tokens_to_ids("<|im_end|>")
-    names = {name: reference.convert_tokens_to_ids(text) for name, text in CHAT_TOKENS.items()}
-    assert {name: getattr(special, name) for name in CHAT_TOKENS} == names
+    assert special.eos == special.end_of_turn == reference.convert_tokens_to_ids("<|im_end|>")
+    names = {name: reference.convert_tokens_to_ids(text) for name, text in VISION_TOKENS.items()}
+    assert {name: getattr(special, name) for name in VISION_TOKENS} == names
 
 
 def test_fingerprints_tell_tokenizers_apart(hugging_face_path, sentencepiece_path):

@@ -3,23 +3,46 @@
 import pytest
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.sequence.tokenizer import CHAT_TOKENS, load_tokenizer
-
-WITHOUT_VISION = ("<|im_start|>", "<|im_end|>", "<|image_pad|>")
-assert set(WITHOUT_VISION) < set(CHAT_TOKENS.values())
+from laver_mcore.data.sequence.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize(
-    ("kind", "fix"),
+    ("kind", "special", "words"),
     [
-        ("hugging_face", "add them with tokenizer.add_special_tokens"),
-        ("sentencepiece", "train the model with them in user_defined_symbols"),
+        (
+            "hugging_face",
+            ("<|im_end|>",),
+            r"lacks <\|im_start\|>, which its chat template writes; give another",
+        ),
+        (
+            "sentencepiece",
+            ("<|im_end|>",),
+            r"lacks <\|im_start\|>, which its chat template writes; give another",
+        ),
+        (
+            "sentencepiece",
+            ("<|im_start|>",),
+            r"ends an answer with '<\|im_end\|>\\n', which has no special token",
+        ),
     ],
 )
-def test_missing_special_tokens_are_listed(kind, fix, builders, tmp_path):
-    path = builders[kind](tmp_path, WITHOUT_VISION)
-    with pytest.raises(DataError, match=r"lacks <\|vision_start\|>, <\|vision_end\|>; " + fix):
+def test_tokens_that_the_template_wants_are_named(kind, special, words, builders, tmp_path):
+    path = builders[kind](tmp_path, special)
+    with pytest.raises(DataError, match=words):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize("kind", ["hugging_face", "sentencepiece"])
+def test_tokens_for_vision_follow_the_vocabulary(kind, builders, tmp_path):
+    whole = load_tokenizer(builders[kind](tmp_path, ("<|im_start|>", "<|im_end|>", "<|image_pad|>")))
+    own = whole.vocab_size - 2
+    assert whole.added == {"<|vision_start|>": own, "<|vision_end|>": own + 1}
+    special = whole.special
+    assert (special.vision_start, special.vision_end) == (own, own + 1)
+    assert special.image_pad < own
+    assert whole.decode([own, *whole.encode("row"), own + 1]).strip() == "row"
+    shown = whole.decode([own, own + 1], skip_special_tokens=False)
+    assert shown == "<|vision_start|><|vision_end|>"
 
 
 @pytest.mark.parametrize("kind", ["nothing", "empty directory", "other file", "broken model"])

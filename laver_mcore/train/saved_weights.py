@@ -1,0 +1,125 @@
+"""Weights of another run or conversion: the newest whole checkpoint that fits, and what of it a model takes."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from laver_mcore.config.schema import Config
+from laver_mcore.config.trainable import ADAPTERS
+from laver_mcore.data.sequence.tokenizer import VISION_TOKENS
+from laver_mcore.megatron.checkpoints import CheckpointError, identity
+from laver_mcore.megatron.intact import candidates, newest_intact
+from laver_mcore.megatron.unpickling import reading
+from laver_mcore.model.initialize import fill_new_rows
+from laver_mcore.model.vision_language import VisionLanguageModel
+
+logger = logging.getLogger(__name__)
+
+_NEW_ROWS = len(VISION_TOKENS)
+
+
+def metadata() -> dict[str, Any]:
+    """How Megatron lays out what it saves; a new one each time, for Megatron writes its process groups into it."""
+    return {
+        # Megatron 0.16's default for the distributed optimizer cannot be saved from CPU, and this one reshards fully.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def model_state(chunks: list[VisionLanguageModel], without_frozen: bool = False) -> dict[str, Any]:
+    """Every chunk's weights; `without_frozen` leaves out the decoder's own, beside which LoRA's adapters stand."""
+    states = {f"model{i}": chunk.sharded_state_dict(metadata=metadata()) for i, chunk in enumerate(chunks)}
+    if not without_frozen:
+        return states
+    return {
+        chunk: {
+            name: item
+            for name, item in state.items()
+            if not name.startswith("language_model.") or name.endswith(ADAPTERS)
+        }
+        for chunk, state in states.items()
+    }
+
+
+def open_newest(
+    directory: str | Path, wanted_identity: dict[str, Any], *, verify: bool, may_lack_vision: bool = False
+) -> tuple[Path, dict[str, Any]]:
+    """Folder and common state of the newest whole checkpoint, after checking that it is of this model."""
+    folder, passed = newest_intact(directory, verify=verify)
+    for line in passed if dist.get_rank() == 0 else ():
+        logger.warning("%s", line)
+    with reading(folder):
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+    stored = {"family": "qwen2", "lora_rank": 0, "normalize_visual_tokens": False} | common.get(
+        "identity", {}
+    )
+    for name, wanted in wanted_identity.items():
+        if (
+            may_lack_vision
+            and stored.get("vision") == "none"
+            and name in ("vision", "normalize_visual_tokens")
+        ):
+            continue
+        if name == "lora_rank" and may_lack_vision and not stored["lora_rank"]:
+            continue  # adapters start fresh
+        if name == "vocab_size" and may_lack_vision and _grows(stored, wanted):
+            continue
+        if stored.get(name) != wanted:
+            raise CheckpointError(
+                f"{folder} is of another model: it has {name}={stored.get(name)!r}, this recipe {name}={wanted!r}"
+            )
+    return folder, common
+
+
+def _grows(stored: dict[str, Any], vocab_size: int) -> bool:
+    """Whether weights of a text model get rows for tokens of vision that its tokenizer lacks."""
+    return stored.get("vision") == "none" and 0 < vocab_size - stored.get("vocab_size", 0) <= _NEW_ROWS
+
+
+def lacks_frozen(directory: str | Path) -> bool:
+    """Whether the newest checkpoint of a run holds LoRA's adapters without the weights beside which they stand."""
+    if not candidates(directory):
+        return False
+    folder, _ = newest_intact(directory, verify=False)
+    with reading(folder):
+        return bool(dist_checkpointing.load_common_state_dict(str(folder)).get("without_frozen", False))
+
+
+def load_weights(
+    chunks: list[VisionLanguageModel], config: Config, vocab_size: int, directory: str | Path
+) -> list[str]:
+    """Start from another run's weights (`--pretrained-checkpoint`), before the optimizer is built.
+
+    Returns the names of parts that it does not have and that keep their fresh values; only the objective's own (and
+    the visual path, where the other run was on text alone) may be missing, anything else raises `CheckpointError`.
+    """
+    folder, common = open_newest(
+        directory, identity(config, vocab_size), verify=config.run.verify_checkpoint, may_lack_vision=True
+    )
+    # Weights converted from a text model have no visual path: connector and patches start fresh, a tower has its own.
+    visual = ("connector.", "vision_encoder.") if common["identity"]["vision"] == "none" else ()
+    own = {weight.name for weight in config.objective.parameters(config)}
+    with reading(folder):
+        stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
+    fresh: set[str] = set()
+    model = model_state(chunks, common.get("without_frozen", False))
+    for part in model.values():
+        for name in list(part):
+            key = part[name].key
+            if key not in stored and not isinstance(part[name], ShardedObject):
+                if key not in own and not key.startswith(visual) and not key.endswith(ADAPTERS):
+                    raise CheckpointError(f"{folder} has no {key}; it is of another model")
+                fresh.add(key)
+                del part[name]
+    with reading(folder):
+        loaded = dist_checkpointing.load(model, str(folder))
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{i}"], strict=not (fresh or common.get("without_frozen")))
+        fill_new_rows(chunk, common["identity"]["vocab_size"], vocab_size)
+    return sorted(fresh)
