@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from laver_kernels import Intervals, rope_table
+from laver_kernels.mixed_attention.rope import Split
 from laver_mcore.data.order.balance import image_shares
 from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.data.sequence.layout import SequenceLayout, concatenate, reconstruction_layout
@@ -65,6 +66,7 @@ class AttentionGeometry:
     head_dim: int
     rotary_base: float
     mrope_section: tuple[int, int, int]
+    mrope_split: Split = "contiguous"
     rope_2d: bool = True
     mixed: bool = True
 
@@ -79,6 +81,7 @@ def _packed(
         geometry.head_dim,
         geometry.rotary_base,
         geometry.mrope_section,
+        split=geometry.mrope_split,
     )
     intervals = layout.intervals if geometry.mixed else _causal(layout.intervals)
     return PackedLayout(intervals=intervals, rope=rope)

@@ -247,6 +247,7 @@ def attention_geometry(config: Config) -> AttentionGeometry:
         head_dim=model.kv_channels,
         rotary_base=model.rotary_base,
         mrope_section=model.mrope_section,
+        mrope_split=model.mrope_split,
         rope_2d=config.attention.rope_2d,
         mixed=config.attention.mixed_attention,
     )
