@@ -12,6 +12,7 @@ import yaml
 
 from laver_kernels.backend import decide
 from laver_mcore.accounting.typical import typical_mix
+from laver_mcore.cli.held_out import build_held_out
 from laver_mcore.config.checks import check_world
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import to_yaml
@@ -31,6 +32,7 @@ from laver_mcore.train.metrics import Metrics
 _MAY_CHANGE = {
     "run": None,
     "parallel": None,
+    "validation": None,
     "data": {"num_workers", "worker_timeout", "decode_threads", "max_bad_fraction", "index_folder"},
     "train": {"train_iters", "micro_batch_size", "global_batch_size", "kernels", "transformer_impl"},
 }
@@ -147,8 +149,10 @@ def train_run(config: Config, device: torch.device) -> Engine:
     check_save_folder(config)
     tokenizer = build_tokenizer(config)
     data = build_data(config, tokenizer, device)
+    held_out = build_held_out(config, tokenizer, device)
     topology = parallel.build_topology(config.parallel, device)
     engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer))
+    validation = None if held_out is None else held_out.validator(engine, data.fingerprint())
     progress = _resume(engine, config, data.fingerprint())
     progress = skip_ahead(progress, config)
     dist.barrier()  # nobody writes before everybody has looked
@@ -160,7 +164,7 @@ def train_run(config: Config, device: torch.device) -> Engine:
     try:
         with ExitSignal() if config.run.exit_signal_handler else contextlib.nullcontext() as exit_signal:
             told = exit_signal.received if exit_signal is not None else lambda: False
-            stopped = train(engine, data, progress, metrics, told)
+            stopped = train(engine, data, progress, metrics, told, validation)
         if exit_signal is not None and exit_signal.seen:
             where = (
                 f"saved in {config.run.save}" if config.run.save else "nothing saved, for there is no --save"

@@ -14,6 +14,7 @@ from laver_mcore.config.architecture import ModelConfig as ModelConfig
 from laver_mcore.config.architecture import VisionConfig as VisionConfig
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.targets import TargetEncoder
+from laver_mcore.config.validation import ValidationConfig as ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,4 +283,5 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -85,6 +85,14 @@ def metrics_row(state: RunState, result: StepResult, engine: Engine) -> dict[str
     }
 
 
+class Validation(Protocol):
+    """What a run asks of itself now and then, on all ranks together; `due` for the entries of a metrics line."""
+
+    def due(self, iteration: int, *, exiting: bool) -> bool: ...
+
+    def __call__(self, progress: Progress) -> dict[str, float | None]: ...
+
+
 class _Interval:
     """Work and time of the iterations since the last metrics line."""
 
@@ -141,6 +149,7 @@ def train(
     progress: Progress,
     metrics: Metrics | None,
     told_to_stop: Callable[[], bool] = lambda: False,
+    validation: Validation | None = None,
 ) -> Progress:
     """Run from `progress` to the end (or `exit_interval`), saving as the recipe asks; returns where it stopped.
 
@@ -160,7 +169,7 @@ def train(
     )
     # A rank that fails must not wait at its exit for data threads that wait for the other ranks.
     with contextlib.closing(steps):
-        return _train(engine, data, steps, progress, metrics, told_to_stop)
+        return _train(engine, data, steps, progress, metrics, told_to_stop, validation)
 
 
 def _train(
@@ -170,6 +179,7 @@ def _train(
     progress: Progress,
     metrics: Metrics | None,
     told_to_stop: Callable[[], bool],
+    validation: Validation | None,
 ) -> Progress:
     config, topology, total = engine.config, engine.topology, engine.config.train.train_iters
     state = RunState(progress=progress)
@@ -184,10 +194,13 @@ def _train(
         iteration = state.progress.iteration
         exiting = iteration == total or _due(iteration, config.run.exit_interval) or told_to_stop()
         profiler.end(iteration, exiting=exiting)
-        if metrics is not None and _due(iteration, config.run.log_interval):
-            row = metrics_row(state, result, engine)
+        validates = validation is not None and validation.due(iteration, exiting=exiting)
+        columns, seconds = None, 0.0
+        if metrics is not None and (validates or _due(iteration, config.run.log_interval)):
             columns, seconds = interval.columns(data.take_wait_ms())
-            metrics.write(row | columns, seconds)
+        held_out = validation(state.progress) if validation is not None and validates else {}
+        if metrics is not None and columns is not None:
+            metrics.write(metrics_row(state, result, engine) | columns | held_out, seconds)
             interval.restart()
         if config.run.save and (exiting or _due(iteration, config.run.save_interval)):
             checkpoint.save(engine, config.run.save, state.progress, fingerprint)
