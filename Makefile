@@ -46,7 +46,7 @@ setup: $(STAMPS)/installed ## the environment in .venv
 setup-data: setup $(STAMPS)/data ## the same with DALI, pyarrow and webdataset (800 MB): no data test is skipped
 	@:
 
-demo: setup ## prepare the data, train three stages, evaluate, write runs/demo/report.md
+demo: setup ## prepare the data, train with and without LaVer, evaluate, write runs/demo/report.md
 	@$(BIN)/python tools/run_demo.py $(DEMO_ARGS)
 
 # Two workers, a whole file each: the files that start process groups wait for each other's ranks most of the time.

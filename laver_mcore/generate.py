@@ -26,7 +26,8 @@ from laver_mcore.train.pipeline import run_pipeline
 
 
 @contextlib.contextmanager
-def _evaluation_mode(chunks: Sequence[VisionLanguageModel]) -> Iterator[None]:
+def evaluation_mode(chunks: Sequence[VisionLanguageModel]) -> Iterator[None]:
+    """Inside, the model is in evaluation mode and nothing has gradients."""
     was_training = [chunk.training for chunk in chunks]
     try:
         for chunk in chunks:
@@ -81,7 +82,7 @@ def generate(
     topology = network.topology
     answers: list[list[int]] = [[] for _ in prompts]
     finished = np.zeros(len(prompts), dtype=bool)
-    with _evaluation_mode(network.chunks):
+    with evaluation_mode(network.chunks):
         features = _features(images, network, processor)
         for _ in range(max_new_tokens):
             samples = [_extended(p, a) for p, a in zip(prompts, answers, strict=True)]
@@ -119,7 +120,9 @@ def _forward(network: Network, samples: list[EncodedSample], features: torch.Ten
 
         return model(next(data)), collect
 
-    collected = run_pipeline(network, [inputs], [total], step, forward_only=True)
+    # The interleaved schedule wants a micro-batch for every stage; the answers of all but the first are thrown away.
+    copies = topology.pp_size if topology.num_chunks > 1 else 1
+    collected = run_pipeline(network, [inputs] * copies, [total] * copies, step, forward_only=True)
     if collected:
         return collected[0]
     return torch.zeros(len(samples), dtype=torch.int64, device=topology.device)

@@ -191,7 +191,7 @@ def measure(arguments: Arguments, arms: list[Arm]) -> dict[str, Any]:
     waiting = [arm for arm in arms if not (arguments.output / arm.name / "answers.jsonl").is_file()]
     if waiting:
         folders = [str(arguments.output / arm.name) for arm in waiting]
-        run("tools/evaluate.py", "--checkpoint", *folders, "--data", str(heldout), "--max-new-tokens", "12")
+        run("tools/evaluate.py", "--checkpoint", *folders, "--data", str(heldout), "--max-new-tokens", "20")
     each, found = -(-arguments.steps // arguments.turns), {}
     for arm in tqdm(arms, desc="measuring", unit="arm", disable=None):
         folder = arguments.output / arm.name

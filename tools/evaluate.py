@@ -8,10 +8,8 @@ per question: key, image, question, expected, answer.
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import tyro
 
@@ -53,6 +51,7 @@ def evaluate(arguments: Arguments, configs: list[Config]) -> None:
         build_tokenizer,
         resolve_vocab_size,
     )
+    from laver_mcore.validation.answers import Reader, answer, questions_of
 
     samples = load_records(arguments.data, arguments.image_folder or Path(arguments.data).parent)
     device = parallel.init_distributed()
@@ -60,61 +59,19 @@ def evaluate(arguments: Arguments, configs: list[Config]) -> None:
         tokenizer, processor = build_tokenizer(config), build_image_processor(config)
         topology = parallel.build_topology(config.parallel, device)
         network = build_network(config, topology, resolve_vocab_size(config, tokenizer), folder)
-        rows = answer(arguments, samples, network, tokenizer, processor)
+        reader = Reader(
+            tokenizer=tokenizer,
+            processor=processor,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+        )
+        rows = answer(questions_of(samples), network, reader, speaks=topology.is_last_rank)
         if topology.is_last_rank:
             single = len(configs) == 1 and Path(arguments.output).parent != Path(".")
             path = Path(arguments.output) if single else Path(folder) / arguments.output
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     parallel.shut_down()
-
-
-def answer(
-    arguments: Arguments, samples: Sequence[Any], network: Any, tokenizer: Any, processor: Any
-) -> list[dict[str, Any]]:
-    """One row per question, in order; all ranks take part and get the same rows."""
-    from tqdm import tqdm
-
-    from laver_mcore.data.images.decode import open_image
-    from laver_mcore.data.sequence.prompt import encode_prompt
-    from laver_mcore.generate import generate
-
-    questions = [
-        (sample, index)
-        for sample in samples
-        for index, turn in enumerate(sample.turns)
-        if turn.role == "assistant"
-    ]
-    rows = []
-    starts = range(0, len(questions), arguments.batch_size)
-    for start in tqdm(starts, disable=None if network.topology.is_last_rank else True, unit="batch"):
-        part = questions[start : start + arguments.batch_size]
-        prompts, images = [], []
-        for sample, index in part:
-            opened = [open_image(path) for path in sample.images]
-            grids = [processor.grid(*image.size) for image in opened] if processor else []
-            system = network.config.data.system_prompt
-            prompts.append(encode_prompt(sample.turns[:index], grids, tokenizer, system_prompt=system))
-            images.extend(opened)
-        answers = generate(
-            network,
-            prompts,
-            images,
-            processor,
-            stop_token=tokenizer.special.end_of_turn,
-            max_new_tokens=arguments.max_new_tokens,
-        )
-        for (sample, index), ids in zip(part, answers, strict=True):
-            rows.append(
-                {
-                    "key": sample.key,
-                    "image": str(sample.images[0]) if sample.images else None,
-                    "question": sample.turns[index - 1].text.replace("<image>", "").strip(),
-                    "expected": sample.turns[index].text.strip(),
-                    "answer": tokenizer.decode(ids).strip(),
-                }
-            )
-    return rows
 
 
 def main() -> int:

@@ -2,24 +2,35 @@
 
 python tools/prepare_demo.py --output data/demo
 
-data/demo/images/{train,heldout}/*.jpg   the pages, 48 x 48 pixels
-data/demo/align.json                     stage 1: every page of digits read out
-data/demo/train.json                     stage 2: rows, columns and single digits, three questions a page
-data/demo/instruct.json                  stage 3: a row or column, then two single digits
-data/demo/heldout.json                   as stage 3, on pages whose scans appear in no other file
+data/demo/images/{named,unnamed,heldout}/*.jpg   the pages, 48 x 48 pixels
+data/demo/align.json     stage 1: named pages read out
+data/demo/train.json     stage 2: the same, and captions of unnamed pages
+data/demo/instruct.json  stage 3: rows, columns and single digits of named pages
+data/demo/heldout.json   pages read out whose scans appear in no other file
+
+Text is sparse, as in real corpora: named pages are made of 150 scans, unnamed ones of all 1,497, or of a photograph,
+and nobody says what stands on them.
 data/demo/tokenizer.model                SentencePiece, trained on the text of all of them
 """
 
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from laver_mcore.demo.conversations import caption_turns, dense_turns, llava_record, mixed_turns
+from laver_mcore.demo.conversations import (
+    Turns,
+    caption_turns,
+    dense_turns,
+    llava_record,
+    vague_turns,
+)
 from laver_mcore.demo.pages import (
+    NUM_NAMED_SCANS,
     PAGE_SIDE_PIXELS,
     Page,
     digit_page,
@@ -33,19 +44,21 @@ JPEG_QUALITY = 95
 
 
 def compose_pages(
-    num_pages: int, num_heldout: int, photograph_share: float, page_side: int, seed: int
+    counts: dict[str, int], photograph_share: float, page_side: int, seed: int
 ) -> dict[str, list[Page]]:
-    """Return the pages of `train` and `heldout`; every `1 / photograph_share`-th one is a photograph."""
+    """The pages of every kind, so many of each; a share of the unnamed ones are photographs."""
     photographs = load_photographs()
+    training, heldout = load_scans(page_side=page_side)
+    scans = {"named": training.first(NUM_NAMED_SCANS), "unnamed": training, "heldout": heldout}
     pages: dict[str, list[Page]] = {}
-    scans = load_scans(page_side=page_side)
-    for number, (split, count) in enumerate({"train": num_pages, "heldout": num_heldout}.items()):
+    for number, (kind, count) in enumerate(counts.items()):
         rng = np.random.default_rng([seed, number])
-        is_photograph = rng.permutation(count) < round(count * photograph_share)
-        pages[split] = [
+        share = photograph_share if kind == "unnamed" else 0.0
+        is_photograph = rng.permutation(count) < round(count * share)
+        pages[kind] = [
             photograph_page(photographs, rng, page_side=page_side)
             if photograph
-            else digit_page(scans[number], rng, page_side=page_side)
+            else digit_page(scans[kind], rng, page_side=page_side)
             for photograph in is_photograph
         ]
     return pages
@@ -67,23 +80,21 @@ def write_conversations(
     pages: dict[str, list[Page]], names: dict[str, list[str]], output: Path, seed: int
 ) -> list[str]:
     """Write the four JSON files and return every text in them."""
-    rng = np.random.default_rng([seed, 2])
-    files = {
-        # No photographs in stage 1: a decoder that cannot read yet is thrown off by the rare long captions.
-        "align": ("train", lambda page: caption_turns(page) if page.digits is not None else None),
-        "train": ("train", lambda page: dense_turns(page, rng)),
-        "instruct": ("train", lambda page: mixed_turns(page, rng)),
-        "heldout": ("heldout", lambda page: mixed_turns(page, rng)),
+    rng = np.random.default_rng([seed, len(pages)])
+    files: dict[str, dict[str, Callable[[Page], Turns]]] = {
+        "align": {"named": caption_turns},
+        "train": {"named": caption_turns, "unnamed": vague_turns},
+        "instruct": {"named": lambda page: dense_turns(page, rng)},
+        "heldout": {"heldout": caption_turns},
     }
     texts: list[str] = []
-    for file, (split, ask) in files.items():
-        records = []
-        for index, (page, image) in enumerate(zip(pages[split], names[split], strict=True)):
-            turns = ask(page)
-            if turns is None:
-                continue
-            texts += [text for turn in turns for text in turn]
-            records.append(llava_record(f"{file}-{index:05d}", image, turns))
+    for file, kinds in files.items():
+        records: list[dict[str, object]] = []
+        for kind, ask in kinds.items():
+            for page, image in zip(pages[kind], names[kind], strict=True):
+                turns = ask(page)
+                texts += [text for turn in turns for text in turn]
+                records.append(llava_record(f"{file}-{len(records):05d}", image, turns))
         (output / f"{file}.json").write_text(json.dumps(records, indent=0), encoding="utf-8")
     return texts
 
@@ -91,8 +102,8 @@ def write_conversations(
 def prepare(
     output: Path,
     *,
-    num_pages: int = 8000,
-    num_heldout: int = 160,
+    num_pages: int = 6000,
+    num_heldout: int = 240,
     photograph_share: float = 0.06,
     page_side: int = PAGE_SIDE_PIXELS,
     seed: int = 0,
@@ -100,7 +111,8 @@ def prepare(
     """Write everything under `output`, in place of what an earlier call wrote; return the vocabulary size."""
     shutil.rmtree(output / "images", ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
-    pages = compose_pages(num_pages, num_heldout, photograph_share, page_side, seed)
+    counts = {"named": -(-num_pages // 2), "unnamed": num_pages // 2, "heldout": num_heldout}
+    pages = compose_pages(counts, photograph_share, page_side, seed)
     texts = write_conversations(pages, write_images(pages, output), output, seed)
     return train_tokenizer(texts, output / "tokenizer.model")
 
@@ -112,8 +124,10 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("data/demo"), help="folder to write (default: data/demo)"
     )
-    parser.add_argument("--pages", type=int, default=8000, help="training pages (default: 8000)")
-    parser.add_argument("--heldout", type=int, default=160, help="held-out pages (default: 160)")
+    parser.add_argument(
+        "--pages", type=int, default=6000, help="training pages, half of them named (default: 6000)"
+    )
+    parser.add_argument("--heldout", type=int, default=240, help="held-out pages (default: 240)")
     parser.add_argument("--page-side", type=int, default=PAGE_SIDE_PIXELS, help="pixels (default: 48)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -13,6 +13,7 @@ import yaml
 
 from laver_kernels.backend import decide
 from laver_mcore.accounting.typical import typical_mix
+from laver_mcore.cli.held_out import build_held_out
 from laver_mcore.config.checks import check_world
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import to_yaml
@@ -28,13 +29,14 @@ from laver_mcore.train.build import BuildReport, build_data, build_engine, build
 from laver_mcore.train.checkpoint import Progress
 from laver_mcore.train.engine import Engine
 from laver_mcore.train.exit_signal import ExitSignal
-from laver_mcore.train.loop import train
+from laver_mcore.train.loop import Validation, train
 from laver_mcore.train.metrics import Metrics
 from laver_mcore.train.run_lock import RunLock
 
 _MAY_CHANGE = {
     "run": None,
     "parallel": None,
+    "validation": None,
     "data": {"num_workers", "worker_timeout", "decode_threads", "max_bad_fraction", "index_folder"},
     "train": {"train_iters", "micro_batch_size", "global_batch_size", "kernels", "transformer_impl"},
 }
@@ -151,13 +153,16 @@ def train_run(config: Config, device: torch.device) -> Engine:
     check_save_folder(config)
     tokenizer = build_tokenizer(config)
     data = build_data(config, tokenizer, device)
+    held_out = build_held_out(config, tokenizer, device)
     topology = parallel.build_topology(config.parallel, device)
     engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer))
+    validation = None if held_out is None else held_out.validator(engine, data.fingerprint())
     progress = _resume(engine, config, data.fingerprint())
     progress = skip_ahead(progress, config)
     dist.barrier()  # nobody writes before everybody has looked
     with _locked(config, topology.rank):
-        _train(engine, data, progress, report, config)
+        _announce(engine, str(decide(config.train.kernels, device)), len(data.samples), report)
+        _train(engine, data, progress, validation)
     return engine
 
 
@@ -177,11 +182,8 @@ def _locked(config: Config, rank: int) -> Iterator[None]:
         yield
 
 
-def _train(
-    engine: Engine, data: DialogueData, progress: Progress, report: BuildReport, config: Config
-) -> None:
-    topology = engine.topology
-    _announce(engine, str(decide(config.train.kernels, topology.device)), len(data.samples), report)
+def _train(engine: Engine, data: DialogueData, progress: Progress, validation: Validation | None) -> None:
+    config, topology = engine.config, engine.topology
     if config.run.save and topology.rank == 0:
         Path(config.run.save).mkdir(parents=True, exist_ok=True)
         (Path(config.run.save) / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -189,7 +191,7 @@ def _train(
     try:
         with ExitSignal() if config.run.exit_signal_handler else contextlib.nullcontext() as exit_signal:
             told = exit_signal.received if exit_signal is not None else lambda: False
-            stopped = train(engine, data, progress, metrics, told)
+            stopped = train(engine, data, progress, metrics, told, validation)
         if exit_signal is not None and exit_signal.seen:
             where = (
                 f"saved in {config.run.save}" if config.run.save else "nothing saved, for there is no --save"

@@ -37,6 +37,8 @@ class ModelConfig:
     """Llama 3.1's scaling: factor, low and high frequency factor, positions before; none where not given."""
     mrope_section: tuple[int, int, int] | None = None
     """Rotary bands for (t, row, column), summing to half the head width; the pure 2D split where not given."""
+    mrope_split: Literal["contiguous", "interleaved"] = "interleaved"
+    """How these bands lie: one axis after the other (Qwen2-VL; columns get the slow half), or in turns (Qwen3-VL)."""
     norm_epsilon: float | None = None
     """Epsilon of RMSNorm."""
     init_method_std: float = 0.02

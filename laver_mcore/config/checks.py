@@ -110,6 +110,29 @@ def _check_parallel(config: Config) -> None:
     )
 
 
+def _check_validation(config: Config) -> None:
+    asked, run = config.validation, config.run
+    for name in ("eval_interval", "eval_iters", "eval_answer_tokens"):
+        value = getattr(asked, name)
+        _require(value >= 1, f"{name}={value} must be at least 1")
+    _require(asked.eval_answers >= 0, f"eval_answers={asked.eval_answers} must not be negative")
+    wanted = [name for name in ("eval_answers", "save_best", "valid_image_folder") if getattr(asked, name)]
+    _require(
+        bool(asked.valid_data_path) or not wanted,
+        f"{', '.join(wanted)} needs held-out data: --valid-data-path FILE",
+    )
+    not_json = [path for path in asked.valid_data_path if not path.endswith((".json", ".jsonl"))]
+    _require(
+        not asked.eval_answers or not not_json,
+        f"eval_answers reads questions from JSON or JSONL, not from {', '.join(not_json)}; leave it out",
+    )
+    _require(asked.save_best is None or run.save is not None, "save_best needs --save DIR")
+    _require(
+        asked.save_best != "valid_accuracy" or asked.eval_answers > 0,
+        "save_best=valid_accuracy needs answers: --eval-answers N",
+    )
+
+
 def _check_context_parallel(config: Config) -> None:
     """Inside attention context parallelism shares out heads, so their numbers decide what is possible."""
     cp, tp = config.parallel.context_parallel_size, config.parallel.tensor_model_parallel_size
@@ -233,6 +256,7 @@ def _check_run(config: Config) -> None:
 def check(config: Config) -> None:
     """Raise `ConfigError` for the first combination that cannot run; the world size is checked separately."""
     _check_run(config)
+    _check_validation(config)
     _check_data(config)
     _check_vision(config)
     config.objective.check(config)

@@ -31,7 +31,16 @@ def with_todays_keys(raw: Recipe, path: Path) -> Recipe:
             target = recipe.get(new_section) or {}
             recipe[new_section] = {new_key: value, **target} if isinstance(target, dict) else target
             _say(f"{path}: {section}.{key} is now {new_section}.{new_key}: {value}")
+    _keep_contiguous_bands(recipe, path)
     return recipe
+
+
+def _keep_contiguous_bands(recipe: Recipe, path: Path) -> None:
+    """What names its rotary bands but no split, as every run's config.yaml did, is from when there was only one."""
+    model = recipe.get("model")
+    if isinstance(model, dict) and model.get("mrope_section") is not None and "mrope_split" not in model:
+        recipe["model"] = {**model, "mrope_split": "contiguous"}
+        _say(f"{path}: mrope_section without mrope_split is read as mrope_split: contiguous, as it was")
 
 
 def _taken(recipe: Recipe, section: str, key: str) -> Any:

@@ -15,6 +15,7 @@ from laver_mcore.config.architecture import VisionConfig as VisionConfig
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.running import RunConfig as RunConfig
 from laver_mcore.config.targets import TargetEncoder
+from laver_mcore.config.validation import ValidationConfig as ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,4 +242,5 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     run: RunConfig = field(default_factory=RunConfig)

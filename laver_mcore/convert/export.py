@@ -154,6 +154,7 @@ def model_config(config: Config, vocab_size: int, image_token_id: int, dtype: to
         "image_grid": _grid(config),
         "image_token_id": image_token_id,
         "mrope_section": list(config.model.mrope_section),
+        "mrope_split": config.model.mrope_split,
         "rope_2d": config.attention.rope_2d,
         "mixed_attention": config.attention.mixed_attention,
     }

@@ -24,6 +24,11 @@ def caption_turns(page: Page) -> Turns:
     return [("Read the page.", "\n".join(_spaced(row) for row in page.digits))]
 
 
+def vague_turns(page: Page) -> Turns:
+    """A caption as web pages have them: it says what kind of picture it is, and names no digit."""
+    return [("Describe the picture.", page.caption or "a page of handwritten digits")]
+
+
 def line_turns(page: Page, rng: np.random.Generator) -> Turns:
     """Ask for all three rows, or all three columns, in random order."""
     if page.digits is None:

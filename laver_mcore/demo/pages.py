@@ -1,5 +1,8 @@
 """Demo pages: 3 x 3 handwritten-digit scans, or one crop of a photograph, as square RGB pictures.
 
+A page of 48 pixels is 6 x 6 visual tokens of 8 pixels: a digit is four of them, so that a token is a part of a thing
+and can be guessed from its neighbours.
+
 The material is real and ships inside two wheels, so nothing is downloaded: scikit-learn's `load_digits`
 (1,797 scans of 8 x 8 pixels, from the UCI set "optical recognition of handwritten digits") and the
 photographs of scikit-image's `data` module. A scan belongs either to training or to the held-out pages, never
@@ -18,6 +21,8 @@ CELLS_PER_SIDE = 3
 PAGE_SIDE_PIXELS = 48
 HELD_OUT_EVERY = 6
 """Every sixth scan is held out: 300 of 1,797."""
+NUM_NAMED_SCANS = 150
+"""Training scans whose digits the text ever names; the others are on pages with a caption that names none."""
 
 PHOTOGRAPHS = {
     "astronaut": "an astronaut",
@@ -54,6 +59,10 @@ class Scans:
 
     ink: NDArray[np.float32]
     labels: NDArray[np.int64]
+
+    def first(self, count: int) -> "Scans":
+        """The first `count` of them."""
+        return Scans(ink=self.ink[:count], labels=self.labels[:count])
 
 
 def load_scans(*, page_side: int = PAGE_SIDE_PIXELS) -> tuple[Scans, Scans]:

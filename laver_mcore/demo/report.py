@@ -53,6 +53,8 @@ def _markdown(stages: dict[str, list[Stage]], answers: list[Answer], summary: di
     if summary.get("lm_only_accuracy") is not None:
         lines.append(f"| LM only, equal steps | {_percent(summary['lm_only_accuracy'])} |")
     lines.append(f"| chance | {_percent(summary.get('chance'))} |")
+    if summary.get("sentence"):
+        lines += ["", str(summary["sentence"])]
     lines += ["", f"{exact} of {len(answers)} answers of {names[0]} are right as a whole."]
     if summary.get("seconds") is not None:
         lines.append(f"Everything took {summary['seconds']:.0f} seconds.")

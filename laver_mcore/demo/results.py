@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 Row = dict[str, Any]
 
 
@@ -83,13 +86,67 @@ def spread(answers: list[Answer], count: int) -> list[Answer]:
     return [answers[index * len(answers) // count] for index in range(count)]
 
 
-def digit_accuracy(answers: Path) -> float:
-    """Share of held-out digits answered right, each at its place; questions about photographs do not count."""
-    right = total = 0
+def digit_scores(answers: Path) -> dict[str, tuple[int, int]]:
+    """Page -> (digits answered right, each at its place, all digits); questions that name none do not count."""
+    scores: dict[str, tuple[int, int]] = {}
     for line in answers.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         expected, answer = row["expected"].split(), row["answer"].split()
         if all(word.isdigit() for word in expected):
-            total += len(expected)
+            right, total = scores.get(row["key"], (0, 0))
             right += sum(a == b for a, b in zip(expected, answer, strict=False))
-    return right / total
+            scores[row["key"]] = (right, total + len(expected))
+    return scores
+
+
+def digit_accuracy(answers: Path) -> float:
+    """Share of held-out digits answered right, each at its place."""
+    right, total = np.sum(list(digit_scores(answers).values()), axis=0)
+    return float(right / total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How much more of the held-out digits one run reads than another, as a share, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    num_pages: int
+    num_digits: int
+
+    def sentence(self, name: str, other: str) -> str:
+        """What may be said of it."""
+        if self.low > 0:
+            verdict = f"{name} reads better"
+        elif self.high < 0:
+            verdict = f"{name} reads worse"
+        else:
+            verdict = "no difference that so many pages can show"
+        return (
+            f"On {self.num_digits:,} held-out digits of {self.num_pages} pages {name} changed accuracy by "
+            f"{100 * self.mean:+.1f} points against {other} (95 % interval {100 * self.low:+.1f} to "
+            f"{100 * self.high:+.1f}, over pages, one seed): {verdict}."
+        )
+
+
+def difference(answers: Path, others: Path, *, draws: int = 10_000) -> Difference:
+    """Of two runs on the same pages: pages are drawn anew (bootstrap), as digits of one page are not independent."""
+    ours, theirs = digit_scores(answers), digit_scores(others)
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"{answers} and {others} are not answers about the same pages")
+    pairs_P4 = np.array([(*ours[key], *theirs[key]) for key in ours], dtype=np.float64)
+
+    def gap(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        return sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]
+
+    drawn = np.random.default_rng(0).integers(len(pairs_P4), size=(draws, len(pairs_P4)))
+    low, high = np.quantile(gap(pairs_P4[drawn].sum(1)), (0.025, 0.975))
+    mean = gap(pairs_P4.sum(0))
+    return Difference(
+        mean=float(mean),
+        low=float(low),
+        high=float(high),
+        num_pages=len(pairs_P4),
+        num_digits=int(pairs_P4[:, 1].sum()),
+    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from laver_kernels import Intervals, rope_table
+from laver_kernels.mixed_attention.rope import Split
 from laver_mcore.data.order.balance import image_shares
 from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.data.sequence.layout import SequenceLayout, concatenate, reconstruction_layout
@@ -66,6 +67,7 @@ class AttentionGeometry:
     rotary_base: float
     mrope_section: tuple[int, int, int]
     rope_scaling: tuple[float, float, float, int] | None = None
+    mrope_split: Split = "contiguous"
     rope_2d: bool = True
     mixed: bool = True
 
@@ -81,6 +83,7 @@ def _packed(
         geometry.rotary_base,
         geometry.mrope_section,
         scaling=geometry.rope_scaling,
+        split=geometry.mrope_split,
     )
     intervals = layout.intervals if geometry.mixed else _causal(layout.intervals)
     return PackedLayout(intervals=intervals, rope=rope)

@@ -278,6 +278,7 @@ def attention_geometry(config: Config) -> AttentionGeometry:
         rotary_base=model.rotary_base,
         mrope_section=model.mrope_section,
         rope_scaling=model.rope_scaling,
+        mrope_split=model.mrope_split,
         rope_2d=config.attention.rope_2d,
         mixed=config.attention.mixed_attention,
     )

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -89,6 +89,14 @@ def metrics_row(state: RunState, result: StepResult, engine: Engine) -> dict[str
     }
 
 
+class Validation(Protocol):
+    """What a run asks of itself now and then, on all ranks together; `due` for the entries of a metrics line."""
+
+    def due(self, iteration: int, *, exiting: bool) -> bool: ...
+
+    def __call__(self, progress: Progress) -> dict[str, float | None]: ...
+
+
 class _Interval:
     """Work and time of the iterations since the last metrics line."""
 
@@ -145,6 +153,7 @@ def train(
     progress: Progress,
     metrics: Metrics | None,
     told_to_stop: Callable[[], bool] = lambda: False,
+    validation: Validation | None = None,
 ) -> Progress:
     """Run from `progress` to the end (or `exit_interval`), saving as the recipe asks; returns where it stopped.
 
@@ -164,7 +173,7 @@ def train(
     )
     # A rank that fails must not wait at its exit for data threads that wait for the other ranks.
     with contextlib.closing(steps):
-        return _train(engine, data, steps, progress, metrics, told_to_stop)
+        return _train(engine, data, steps, progress, metrics, told_to_stop, validation)
 
 
 def _train(
@@ -174,6 +183,7 @@ def _train(
     progress: Progress,
     metrics: Metrics | None,
     told_to_stop: Callable[[], bool],
+    validation: Validation | None,
 ) -> Progress:
     config, topology, total = engine.config, engine.topology, engine.config.train.train_iters
     state = RunState(progress=progress, skipped=progress.skipped)
@@ -190,26 +200,17 @@ def _train(
         skips.add(iteration, result.applied, batches)
         exiting = iteration == total or _due(iteration, config.run.exit_interval) or told_to_stop()
         profiler.end(iteration, exiting=exiting)
-        if metrics is not None and _due(iteration, config.run.log_interval):
-            row = metrics_row(state, result, engine)
+        validates = validation is not None and validation.due(iteration, exiting=exiting)
+        columns, seconds = None, 0.0
+        if metrics is not None and (validates or _due(iteration, config.run.log_interval)):
             columns, seconds = interval.columns(data.take_wait_ms())
-            metrics.write(row | columns, seconds)
+        held_out = validation(state.progress) if validation is not None and validates else {}
+        if metrics is not None and columns is not None:
+            metrics.write(metrics_row(state, result, engine) | columns | held_out, seconds)
             interval.restart()
         if config.run.save and (exiting or _due(iteration, config.run.save_interval)):
             skips.look()
-            try:
-                if (
-                    skips.in_a_row and not exiting
-                ):  # weights that give such gradients are worth less than those before
-                    raise checkpoints.SaveError(
-                        f"iteration {iteration}: not saved (the last {skips.in_a_row} steps were skipped)"
-                    )
-                _save(engine, state, fingerprint)
-            except checkpoints.SaveError as error:
-                if exiting:
-                    raise
-                if topology.is_last_rank:
-                    print(f"{error}; going on, the next save is tried", flush=True)
+            _save(engine, state, fingerprint, skips.in_a_row, last=exiting)
             interval.restart()
         if exiting:
             break
@@ -217,10 +218,23 @@ def _train(
     return state.progress
 
 
-def _save(engine: Engine, state: RunState, fingerprint: str) -> None:
-    """Write a checkpoint, and delete those that the recipe does not keep; `SaveError` where it cannot be written."""
+def _save(engine: Engine, state: RunState, fingerprint: str, just_skipped: int, *, last: bool) -> None:
+    """Write a checkpoint, and delete those that the recipe does not keep.
+
+    One that cannot be written is a line, and the run goes on; `SaveError` where there will be no other chance.
+    """
     run = engine.config.run
     assert run.save is not None
-    progress = replace(state.progress, skipped=int(state.skipped))
-    checkpoint.save(engine, run.save, progress, fingerprint)
+    try:
+        if just_skipped and not last:  # weights that give such gradients are worth less than those before
+            raise checkpoints.SaveError(
+                f"iteration {state.progress.iteration}: not saved (the last {just_skipped} steps were skipped)"
+            )
+        checkpoint.save(engine, run.save, replace(state.progress, skipped=int(state.skipped)), fingerprint)
+    except checkpoints.SaveError as error:
+        if last:
+            raise
+        if engine.topology.is_last_rank:
+            print(f"{error}; going on, the next save is tried", flush=True)
+        return
     prune(run.save, keep_last=run.keep_last, keep_every=run.keep_every)

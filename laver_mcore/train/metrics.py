@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from laver_mcore.config.schema import Config
 
-_NOT_LOSSES = ("visual_similarity", "teacher_distance", "grad_norm")
+_NOT_LOSSES = ("valid_accuracy", "visual_similarity", "teacher_distance", "grad_norm")
 
 
 def format_iteration_line(
@@ -31,6 +31,16 @@ def format_iteration_line(
             parts.append(f"{name.replace('_', ' ')}: {row[name]:.6E}")
     parts.append(f"number of skipped iterations: {row['skipped']:3d}")
     return " | ".join(parts) + " |"
+
+
+def _postfix(row: dict[str, Any]) -> str:
+    """What a progress bar says of the newest line."""
+    shown = {"loss": ".4f", "valid_lm_loss": ".4f", "valid_accuracy": ".1%"}
+    return ", ".join(
+        f"{name.replace('_', ' ')} {row[name]:{form}}"
+        for name, form in shown.items()
+        if row.get(name) is not None
+    )
 
 
 def _truncate(path: Path, iteration: int) -> None:
@@ -104,7 +114,7 @@ class Metrics:
         if self._bar is None:
             print(line, flush=True)
         else:
-            self._bar.set_postfix_str(f"loss {row['loss']:.4f}" if row["loss"] is not None else "")
+            self._bar.set_postfix_str(_postfix(row))
             self._bar.write(line)
             self._bar.update(row["iteration"] - self._bar.n)
 

@@ -67,6 +67,9 @@ VARIANTS = {
         f"{DATA} --gram ga --gram-scope micro_batch --mask-draw bernoulli --no-mixed-attention --no-rope-2d",
         "bernoulli",
     ),
+    "contiguous_bands": Variant(
+        replace(SHORT, shape=replace(SHAPE, mrope_split="contiguous")), f"{DATA} --mrope-split contiguous"
+    ),
     "lm_only": Variant(replace(SHORT, laver=False), f"{DATA} --objective lm"),
     "one_token": Variant(SHORT, f"{DATA} --image-size 8 --patch-size 8"),
     "text_rows": Variant(SHORT, "--data-path {directory}/text_rows.json"),

@@ -17,9 +17,10 @@ def test_text_is_one_dimensional_rope():
     place = torch.arange(50)
     want = torch.outer(place.float(), 1.0 / 1e6 ** (torch.arange(0, 64, 2).float() / 64))
     for section in (None, (8, 12, 12), (32, 0, 0)):
-        cos, sin = rope_table(place.expand(3, -1), 64, section=section)
-        assert torch.equal(cos, want.cos())
-        assert torch.equal(sin, want.sin())
+        for split in ("contiguous", "interleaved"):
+            cos, sin = rope_table(place.expand(3, -1), 64, section=section, split=split)
+            assert torch.equal(cos, want.cos())
+            assert torch.equal(sin, want.sin())
 
 
 @pytest.mark.parametrize("section", [(0, 16, 16), (8, 12, 12), (32, 0, 0), (1, 2, 29), None])
@@ -32,6 +33,47 @@ def test_frequency_reads_the_axis_of_its_band(section):
         axis = 0 if frequency < section[0] else 1 if frequency < section[0] + section[1] else 2
         want = (positions[axis].float() * (1.0 / 1e4 ** (torch.tensor(2.0 * frequency) / 64))).cos()
         torch.testing.assert_close(cos[:, frequency], want, rtol=0, atol=1e-6)
+
+
+# Bands of (t, row, column) -> what each frequency reads when they take turns.
+INTERLEAVED = {
+    (0, 2, 2): "rcrc",
+    (0, 3, 2): "rcrcr",
+    (2, 2, 2): "trctrc",
+    (4, 2, 2): "trctrctt",
+    (1, 2, 3): "trcrcc",
+    (3, 0, 0): "ttt",
+}
+
+
+@pytest.mark.parametrize(("section", "wanted"), INTERLEAVED.items(), ids=INTERLEAVED.values())
+def test_interleaved_axes_take_turns(section, wanted):
+    positions = _positions()
+    cos, sin = rope_table(positions, 2 * sum(section), base=1e4, section=section, split="interleaved")
+    for frequency, axis in enumerate(wanted):
+        angle = positions["trc".index(axis)].double() * 1e4 ** (-frequency / sum(section))
+        torch.testing.assert_close(cos[:, frequency].double(), angle.cos(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(sin[:, frequency].double(), angle.sin(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("section", [(24, 20, 20), (12, 10, 10), (4, 2, 2), (8, 8, 8)])
+def test_interleaved_is_qwen3_vl(section):
+    """transformers' module with its frequencies in fp64."""
+    modeling = pytest.importorskip("transformers.models.qwen3_vl.modeling_qwen3_vl")
+    head_dim = 2 * sum(section)
+    parameters = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": list(section)}
+    config = SimpleNamespace(head_dim=head_dim, max_position_embeddings=64, rope_parameters=parameters)
+    embedding = modeling.Qwen3VLTextRotaryEmbedding(config)
+    positions = _positions()
+    frequency_F = 5e6 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle_3BTF = positions[:, None, :, None].double() * frequency_F
+    wanted = [
+        embedding.recomposition_frequencies(x)[0, :, : head_dim // 2]
+        for x in (angle_3BTF.cos(), angle_3BTF.sin())
+    ]
+    found = rope_table(positions, head_dim, base=5e6, section=section, split="interleaved")
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("section", [(0, 16, 16), (8, 12, 12)])
@@ -78,6 +120,11 @@ def test_inverse_after_forward_is_the_identity():
     cos, sin = rope_table(_positions(), 64)
     # fp32 cos and sin are a rotation up to 1e-7.
     torch.testing.assert_close(rotate(rotate(x, cos, sin), cos, sin, inverse=True), x, rtol=0, atol=1e-6)
+
+
+def test_unknown_split():
+    with pytest.raises(ValueError, match="split='woven', want one of contiguous, interleaved"):
+        rope_table(_positions(), 64, split="woven")
 
 
 @pytest.mark.parametrize(

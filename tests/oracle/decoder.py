@@ -19,6 +19,7 @@ class Shape:
     head_dim: int
     rotary_base: float
     mrope_section: tuple[int, int, int]
+    mrope_split: str = "interleaved"
     norm_epsilon: float = 1e-6
 
 
@@ -27,13 +28,26 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
 
 
+def axis_of_band(shape: Shape) -> list[int]:
+    """The axis that each rotary band reads: dealt out in turns to those that want more, or one after the other."""
+    if shape.mrope_split == "contiguous":
+        return [axis for axis, count in enumerate(shape.mrope_section) for _ in range(count)]
+    left, axes = list(shape.mrope_section), []
+    while any(left):
+        for axis in range(3):
+            if left[axis]:
+                left[axis] -= 1
+                axes.append(axis)
+    return axes
+
+
 def rotate(x_SHC: torch.Tensor, positions_S3: torch.Tensor, shape: Shape) -> torch.Tensor:
     """The pair (f, f + C / 2) of every head is turned by position x base^(-2 f / C), its band's axis deciding."""
     half = shape.head_dim // 2
-    axis_of_band = [axis for axis, count in enumerate(shape.mrope_section) for _ in range(count)]
-    assert len(axis_of_band) == half
+    axes = axis_of_band(shape)
+    assert len(axes) == half
     out = x_SHC.clone()
-    for f, axis in enumerate(axis_of_band):
+    for f, axis in enumerate(axes):
         angle_S1 = positions_S3[:, axis, None].double() * shape.rotary_base ** (-2.0 * f / shape.head_dim)
         a, b = x_SHC[..., f], x_SHC[..., f + half]
         out[..., f] = a * angle_S1.cos() - b * angle_S1.sin()

@@ -158,7 +158,11 @@ def engine_config(setting: Setting, laver: bool) -> Config:
     return resolve(
         Config(
             model=ModelConfig(
-                model=setting.model, num_layers=setting.num_layers, vocab_size=preset_vocabulary, **widths
+                model=setting.model,
+                num_layers=setting.num_layers,
+                vocab_size=preset_vocabulary,
+                mrope_split="contiguous",  # the released recipe's
+                **widths,
             ),
             vision=VisionConfig(
                 vision=setting.vision,

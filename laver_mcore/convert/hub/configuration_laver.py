@@ -27,6 +27,7 @@ class LaverConfig(PreTrainedConfig):
         image_grid: list[int] | tuple[int, int] | None = (1, 1),
         image_token_id: int = 0,
         mrope_section: list[int] | tuple[int, int, int] = (0, 32, 32),
+        mrope_split: str = "contiguous",  # of models exported before there was a choice
         rope_2d: bool = True,
         mixed_attention: bool = True,
         **kwargs: Any,
@@ -43,7 +44,10 @@ class LaverConfig(PreTrainedConfig):
         self.normalize_visual_tokens = normalize_visual_tokens
         self.image_grid = None if image_grid is None else list(image_grid)
         self.image_token_id = image_token_id
+        if mrope_split not in ("contiguous", "interleaved"):
+            raise ValueError(f"mrope_split={mrope_split!r}, wanted contiguous or interleaved")
         self.mrope_section = list(mrope_section)
+        self.mrope_split = mrope_split
         self.rope_2d = rope_2d
         self.mixed_attention = mixed_attention
         kwargs.setdefault("tie_word_embeddings", text.tie_word_embeddings)

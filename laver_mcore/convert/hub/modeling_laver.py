@@ -88,7 +88,10 @@ def mixed_mask(
 
 
 class LaverRotaryEmbedding(nn.Module):
-    """cos and sin [B, L, C] from positions [3, B, L]: band f reads the axis that `mrope_section` gives it."""
+    """cos and sin [B, L, C] from positions [3, B, L]: band f reads the axis that it belongs to.
+
+    `mrope_section` counts the bands of t, row and column; they lie one axis after the other, or in turns.
+    """
 
     def __init__(self, config: LaverConfig) -> None:
         super().__init__()
@@ -100,13 +103,13 @@ class LaverRotaryEmbedding(nn.Module):
         if rope.get("rope_type", "default") == "llama3":
             names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
             self.scaling = [rope[name] for name in names]
-        self.section = config.mrope_section
+        bands = [(turn, axis) for axis, count in enumerate(config.mrope_section) for turn in range(count)]
+        self.axes = [axis for _, axis in (sorted(bands) if config.mrope_split == "interleaved" else bands)]
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Computed here, not kept: a buffer would be cast along with the weights.
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=x.device) / self.head_dim
-        axis = torch.repeat_interleave(torch.arange(3), torch.tensor(self.section)).to(x.device)
-        angles = position_ids.float()[axis].permute(1, 2, 0) * self._scaled(1.0 / self.base**exponents)
+        angles = position_ids.float()[self.axes].permute(1, 2, 0) * self._scaled(1.0 / self.base**exponents)
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 

@@ -49,6 +49,9 @@ class Exchange(Protocol):
     def close(self) -> None:
         """Let go of whoever waits."""
 
+    def reopened(self) -> "Exchange":
+        """One between the same ranks, to be closed by itself; what this one was asked has to be done."""
+
 
 class Alone:
     """A run of one rank."""
@@ -63,6 +66,9 @@ class Alone:
 
     def close(self) -> None:
         pass
+
+    def reopened(self) -> "Alone":
+        return self
 
 
 def connect(replica: dist.ProcessGroup) -> Exchange:
@@ -121,6 +127,9 @@ class _Gloo:
 
     def close(self) -> None:
         self._closing.set()
+
+    def reopened(self) -> "_Gloo":
+        return _Gloo(self._world, self._replica)
 
     def _wait(self, work: Any) -> None:
         while not work.is_completed():

@@ -86,6 +86,7 @@ def test_default_split_of_the_rotary_bands(channels, section):
 def test_default_split_of_a_published_model():
     """A head of 128 channels, all that is published, where the file does not say."""
     assert PublishedConfig().mrope_section == [0, 32, 32]
+    assert PublishedConfig().mrope_split == "contiguous"
 
 
 @pytest.mark.parametrize(("model", "channels"), [("qwen2.5-0.5b", 64), ("qwen2.5-7b", 128)])

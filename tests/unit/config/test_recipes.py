@@ -136,6 +136,31 @@ def test_print_config_reads_back(child, tmp_path, capsys, flags):
     assert not (tmp_path / "runs").exists()
 
 
+# A recipe's model section, flags -> the split of the rotary bands.
+SPLITS = {
+    "by_default": ("{model: tiny}", "", "interleaved"),
+    "section_by_flag": ("{model: tiny}", "--mrope-section 4 6 6", "interleaved"),
+    "of_an_older_run": ("{model: tiny, mrope_section: [0, 8, 8]}", "", "contiguous"),
+    "of_a_run_of_today": (
+        "{model: tiny, mrope_section: [0, 8, 8], mrope_split: interleaved}",
+        "",
+        "interleaved",
+    ),
+    "flag_over_an_older_run": (
+        "{model: tiny, mrope_section: [0, 8, 8]}",
+        "--mrope-split interleaved",
+        "interleaved",
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "flags", "wanted"), SPLITS.values(), ids=SPLITS)
+def test_split_of_the_rotary_bands(child, tmp_path, model, flags, wanted):
+    (tmp_path / "leaf.yaml").write_text(f"base: child.yaml\nmodel: {model}\n", encoding="utf-8")
+    config, _ = parse(["--config", str(tmp_path / "leaf.yaml"), *flags.split()])
+    assert config.model.mrope_split == wanted
+
+
 def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit) as exit_:
         pretrain_laver.main(["--help"])

@@ -135,12 +135,12 @@ def test_untied_where_the_flag_is_missing(tmp_path):
     assert (found["rotary_base"], found["kv_channels"]) == (10000.0, 8)
 
 
-def recipe(untied=True, tower=None, **attention):
+def recipe(untied=True, tower=None, split="interleaved", **attention):
     """Encoder-free, or with a tower from its directory."""
     vision = VisionConfig(vision="encoder-free", image_size=48, patch_size=12, connector_hidden_size=40)
     if tower is not None:
         vision = VisionConfig(vision="siglip", vision_path=str(tower), vision_layer=-2)
-    shape = model(untied, mrope_section=(0, 2, 3))
+    shape = model(untied, mrope_section=(0, 2, 3), mrope_split=split)
     return Config(model=shape, vision=vision, attention=AttentionConfig(**attention))
 
 
@@ -153,8 +153,9 @@ def tower(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(("rope_2d", "mixed"), [(True, False), (False, True)], ids=["rope_2d", "mixed"])
-def test_model_config(tied, rope_2d, mixed):
-    config = recipe(untied=not tied, rope_2d=rope_2d, mixed_attention=mixed)
+@pytest.mark.parametrize("split", ["contiguous", "interleaved"])
+def test_model_config(tied, rope_2d, mixed, split):
+    config = recipe(untied=not tied, rope_2d=rope_2d, mixed_attention=mixed, split=split)
     said = model_config(config, 77, 5, torch.bfloat16)
     wanted = {
         "model_type": "laver",
@@ -166,6 +167,7 @@ def test_model_config(tied, rope_2d, mixed):
         "image_grid": [4, 4],
         "image_token_id": 5,
         "mrope_section": [0, 2, 3],
+        "mrope_split": split,
         "rope_2d": rope_2d,
         "mixed_attention": mixed,
     }

@@ -56,14 +56,20 @@ def test_mask(mixed, past):
                 assert got[row, i - past, j] == sees, (row, i, j)
 
 
-def test_rotary_bands():
+BANDS = {"contiguous": [0, 0, 1, 2, 2, 2], "interleaved": [0, 1, 2, 0, 2, 2]}
+
+
+@pytest.mark.parametrize("split", BANDS)
+def test_rotary_bands(split):
     """Angle = position of the band's axis x base^(-2 f / C): two frequencies of t, one of rows, three of columns."""
     text = SimpleNamespace(head_dim=12, rope_parameters={"rope_theta": 100.0})
-    rotary = LaverRotaryEmbedding(SimpleNamespace(text_config=text, mrope_section=[2, 1, 3]))
+    rotary = LaverRotaryEmbedding(
+        SimpleNamespace(text_config=text, mrope_section=[2, 1, 3], mrope_split=split)
+    )
     positions = torch.tensor([[3, 5], [7, 11], [13, 17]])[:, None]
     cos, sin = rotary(torch.zeros(1), positions)
     for f in range(6):
-        axis = [0, 0, 1, 2, 2, 2][f]
+        axis = BANDS[split][f]
         angle = positions[axis, 0].double() * 100.0 ** (-2 * f / 12)
         for half in (0, 6):
             torch.testing.assert_close(cos[0, :, half + f].double(), angle.cos(), rtol=0, atol=1e-6)

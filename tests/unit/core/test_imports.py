@@ -73,9 +73,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "shapes",
     ),
     "generate": ("data.images", "data.order", "data.sequence", "model", "train.pipeline"),
+    "validation": ("config", "data", "device", "generate", "model", "objectives.next_token", "train"),
     "plan": ("accounting", "config"),
     "demo": (),
-    "cli": ("accounting", "config", "data.serve", "laver_kernels", "megatron", "model", "train"),
+    "cli": ("accounting", "config", "data", "laver_kernels", "megatron", "model", "train", "validation"),
 }
 MEGATRON_FREE = ("accounting", "plan", "config", "shapes", "data", "objectives", "demo", "device")
 MEGATRON_FREE_MODULES = ("train.schedules", "train.metrics", "cli.console")

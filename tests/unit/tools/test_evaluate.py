@@ -15,7 +15,7 @@ from laver_mcore.data.images.processors import PatchImageProcessor
 from laver_mcore.data.records.sample import load_records
 from laver_mcore.data.sequence.tokenizer import load_tokenizer
 from laver_mcore.demo.results import digit_accuracy
-from tools.evaluate import Arguments, answer
+from laver_mcore.validation.answers import Reader, answer, questions_of
 
 SYSTEM = "You are a helpful assistant."
 ANSWERS = ["red", "left right", "two"]
@@ -48,10 +48,10 @@ def asked(tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "generate", generate)
     topology = SimpleNamespace(is_last_rank=False)
     network = SimpleNamespace(config=Config(data=DataConfig(system_prompt=SYSTEM)), topology=topology)
-    arguments = Arguments(checkpoint=("run",), data="data.json", batch_size=2, max_new_tokens=7)
     processor = PatchImageProcessor(image_size=8, patch_size=4)
     samples = load_records(tmp_path / "data.json", tmp_path)
-    rows = answer(arguments, samples, network, tokenizer, processor)
+    reader = Reader(tokenizer=tokenizer, processor=processor, batch_size=2, max_new_tokens=7)
+    rows = answer(questions_of(samples), network, reader)
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     return SimpleNamespace(given=given, rows=rows, model=model, folder=tmp_path)
 
@@ -94,6 +94,7 @@ DIGITS = {
 
 @pytest.mark.parametrize(("expected", "answers", "right", "total"), DIGITS.values(), ids=DIGITS)
 def test_digit_accuracy(tmp_path, expected, answers, right, total):
-    rows = [{"expected": e, "answer": a} for e, a in zip(expected, answers, strict=True)]
+    pairs = zip(expected, answers, strict=True)
+    rows = [{"key": str(i), "expected": e, "answer": a} for i, (e, a) in enumerate(pairs)]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert digit_accuracy(tmp_path / "answers.jsonl") == right / total

@@ -101,10 +101,7 @@ def test_files_are_what_the_loader_reads(demo):
         "images",
         "tokenizer.model",
     }
-    questions = [r["conversations"][0]["value"] for r in json.loads((demo / "instruct.json").read_text())]
-    photographs = sum("row" not in question and "column" not in question for question in questions)
-    assert photographs > 0
-    for file, count in zip(FILES, (300 - photographs, 300, 300, 20), strict=True):
+    for file, count in zip(FILES, (150, 300, 150, 20), strict=True):
         samples = load_records(demo / f"{file}.json", demo)
         assert len(samples) == count
         assert len({sample.key for sample in samples}) == count
@@ -116,7 +113,22 @@ def test_files_are_what_the_loader_reads(demo):
 def test_training_and_held_out_images_are_apart(demo):
     records = {file: json.loads((demo / f"{file}.json").read_text()) for file in FILES}
     assert all(r["image"].startswith("images/heldout/") for r in records["heldout"])
-    assert all(r["image"].startswith("images/train/") for file in FILES[:3] for r in records[file])
+    for file in FILES[:3]:
+        kinds = {r["image"].split("/")[1] for r in records[file]}
+        assert kinds == ({"named", "unnamed"} if file == "train" else {"named"})
+
+
+def test_text_names_no_digit_of_unnamed_pages(demo):
+    records = json.loads((demo / "train.json").read_text())
+    texts = {r["conversations"][1]["value"] for r in records if r["image"].startswith("images/unnamed/")}
+    assert texts <= {"a page of handwritten digits", *PHOTOGRAPHS.values()}
+    assert len(texts) > 2
+
+
+def test_named_pages_are_made_of_few_scans(demo):
+    training, _ = load_scans()
+    assert len(training.first(150).labels) == 150
+    assert np.bincount(training.first(150).labels, minlength=10).min() >= 10
 
 
 def test_conversations_are_short(demo):
@@ -127,7 +139,8 @@ def test_conversations_are_short(demo):
         encoded = [encode_sample(s.turns, [(3, 3)], tokenizer, system_prompt="") for s in samples]
         lengths[file] = max(len(sample) for sample in encoded)
     assert lengths["align"] <= 9 + 40
-    assert lengths["train"] == lengths["instruct"] == 9 + 60
+    assert lengths["train"] == lengths["heldout"] == lengths["align"]
+    assert lengths["instruct"] == 9 + 60
 
 
 TEXTS = [

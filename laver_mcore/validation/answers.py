@@ -1,0 +1,90 @@
+"""Greedy answers to the questions of held-out dialogues, and how many of them are right."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from laver_mcore import generate as generation
+from laver_mcore.data.images.decode import open_image
+from laver_mcore.data.images.processors import ImageProcessor
+from laver_mcore.data.records.sample import Sample
+from laver_mcore.data.sequence.prompt import encode_prompt
+from laver_mcore.data.sequence.tokenizer import Tokenizer
+from laver_mcore.model.network import Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """What turns dialogues into prompts, and answers into text."""
+
+    tokenizer: Tokenizer
+    processor: ImageProcessor | None
+    batch_size: int = 64
+    """Questions answered together."""
+    max_new_tokens: int = 32
+    """Longest answer."""
+
+
+def questions_of(samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
+    """(dialogue, number of the turn that answers) of every question, in order."""
+    return [
+        (sample, index)
+        for sample in samples
+        for index, turn in enumerate(sample.turns)
+        if turn.role == "assistant"
+    ]
+
+
+def answer(
+    questions: Sequence[tuple[Sample, int]], network: Network, reader: Reader, *, speaks: bool = False
+) -> list[dict[str, Any]]:
+    """One row per question, in order: key, image, question, expected, answer.
+
+    Each is answered by itself, after the right answers to the ones before it. All ranks of a model replica take part
+    and get the same rows; one that `speaks` shows its progress on a terminal.
+    """
+    rows = []
+    starts = range(0, len(questions), reader.batch_size)
+    for start in tqdm(starts, disable=None if speaks else True, unit="batch"):
+        part = questions[start : start + reader.batch_size]
+        prompts, images = [], []
+        for sample, index in part:
+            opened = [open_image(path) for path in sample.images]
+            grids = [reader.processor.grid(*image.size) for image in opened] if reader.processor else []
+            system = network.config.data.system_prompt
+            prompts.append(encode_prompt(sample.turns[:index], grids, reader.tokenizer, system_prompt=system))
+            images.extend(opened)
+        answers = generation.generate(
+            network,
+            prompts,
+            images,
+            reader.processor,
+            stop_token=reader.tokenizer.special.end_of_turn,
+            max_new_tokens=reader.max_new_tokens,
+        )
+        rows += [
+            {
+                "key": sample.key,
+                "image": str(sample.images[0]) if sample.images else None,
+                "question": sample.turns[index - 1].text.replace("<image>", "").strip(),
+                "expected": sample.turns[index].text.strip(),
+                "answer": reader.tokenizer.decode(ids).strip(),
+            }
+            for (sample, index), ids in zip(part, answers, strict=True)
+        ]
+    return rows
+
+
+def accuracy(questions: Sequence[tuple[Sample, int]], network: Network, reader: Reader) -> float:
+    """Share of the questions that are answered word for word; data-parallel replicas share them out."""
+    topology = network.topology
+    mine = questions[topology.dp_rank :: topology.dp_size]
+    right = sum(row["answer"] == row["expected"] for row in answer(mine, network, reader))
+    counts = torch.tensor([float(right), float(len(mine))], dtype=torch.float64).to(topology.device)
+    dist.all_reduce(counts, group=topology.dp_group)
+    right, total = counts.tolist()
+    return right / max(total, 1)
