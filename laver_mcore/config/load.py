@@ -17,6 +17,7 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from laver_mcore.config.bounds import check_bounds
 from laver_mcore.config.checks import check
 from laver_mcore.config.errors import ConfigError, nearest
 from laver_mcore.config.hugging_face import read_shape
@@ -38,23 +39,45 @@ def _section(name: str) -> type | None:
     return section_of(name) if name in known_objectives() else None
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
+class _Recipe(yaml.SafeLoader):
+    """YAML in which a key that stands twice in one mapping is an error, and not the last one's."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} stands twice", key.start_mark
+                )
+            seen.add(getattr(key, "value", ""))
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML recipe (and its `base`) into section -> field -> value, and "objective" -> its name.
 
-    `ConfigError` names file and key.
+    `ConfigError` names file and key. `above` are the recipes whose base this one is.
     """
     path = Path(path)
+    if path.resolve() in above:
+        raise ConfigError(f"recipe {path} is its own base, by way of {' and '.join(p.name for p in above)}")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Recipe) or {}
     except FileNotFoundError:
         raise ConfigError(f"recipe {path} does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read ({error.strerror})") from None
+    except RecursionError:
+        raise ConfigError(f"recipe {path} is nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"recipe {path} must be a mapping of sections, got {type(raw).__name__}")
     raw = with_todays_keys(raw, path)
     base = raw.pop("base", None)
-    recipe = read_recipe(path.parent / base) if base else {}
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"{path}: base={base!r} is no path")
+    recipe = read_recipe(path.parent / base, (*above, path.resolve())) if base else {}
     if "objective" in raw:
         recipe["objective"] = raw.pop("objective")
     for section, values in raw.items():
@@ -80,6 +103,10 @@ def _check_section(path: Path, section: Any, values: Any) -> None:
 
 
 def _build_section(section: str, kind: type, values: dict[str, Any]) -> Any:
+    for name, value in values.items():  # which pydantic would count as 0 and 1
+        wanted = next((f.type for f in fields(kind) if f.name == name), None)
+        if isinstance(value, bool) and "bool" not in str(wanted):
+            raise ConfigError(f"{section}.{name}={value}: wants a value of another kind than true and false")
     adapter: TypeAdapter[Any] = TypeAdapter(kind)
     try:
         return adapter.validate_python(values)
@@ -107,6 +134,7 @@ def _from_sections(recipe: dict[str, Any], objective: str | None = None) -> Conf
 
 def resolve(config: Config) -> Config:
     """Fill in the preset's shape and run every cross-field check."""
+    check_bounds(config)
     shape = None
     if config.run.hf_path is not None:
         shape = read_shape(config.run.hf_path)

@@ -14,7 +14,10 @@ REFUSED = {
         "--profile --save runs/x --profile-step-start 5 --profile-step-end 5",
         "the end is not traced",
     ),
-    "from_zero": ("--profile --save runs/x --profile-step-start 0", "iterations count from 1"),
+    "from_zero": (
+        "--profile --save runs/x --profile-step-start 0",
+        "profile_step_start=0 must be at least 1",
+    ),
     "history_alone": ("--record-memory-history", "add profile"),
     "no_rate": ("--peak-tflops 0", "must be positive"),
 }
