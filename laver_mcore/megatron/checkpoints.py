@@ -4,6 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron.core import dist_checkpointing
+
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import Config
 
@@ -52,3 +54,27 @@ def identity(config: Config, vocab_size: int) -> dict[str, Any]:
         "vision": vision.vision,
         "normalize_visual_tokens": bool(vision.normalize_visual_tokens),
     }
+
+
+def may_start(name: str, stored: dict[str, Any], wanted: Any, new_rows: int) -> bool:
+    """Whether a run may start from weights that differ from it in what `identity` calls `name`.
+
+    Adapters start fresh, and so does the visual path of a text model, whose vocabulary grows by `new_rows` tokens for
+    vision at the most, those that its tokenizer lacks.
+    """
+    if name == "lora_rank":
+        return not stored["lora_rank"]
+    if stored.get("vision") != "none":
+        return False
+    if name == "vocab_size":
+        return 0 < wanted - stored.get("vocab_size", 0) <= new_rows
+    return name in ("vision", "normalize_visual_tokens")
+
+
+def lacks_frozen(directory: str | Path) -> bool:
+    """Whether the newest checkpoint of a run holds LoRA's adapters without the weights beside which they stand."""
+    iteration = latest_iteration(directory)
+    folder = checkpoint_folder(directory, iteration or 0)
+    if iteration is None or not (folder / "metadata.json").is_file():
+        return False
+    return bool(dist_checkpointing.load_common_state_dict(str(folder)).get("without_frozen", False))

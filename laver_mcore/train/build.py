@@ -28,6 +28,7 @@ from laver_mcore.data.images.target_pixels import TargetProcessor, TargetSource,
 from laver_mcore.data.records.finevision import RatingFilter
 from laver_mcore.data.sequence.tokenizer import Tokenizer, load_tokenizer
 from laver_mcore.data.serve.loader import DialogueData
+from laver_mcore.megatron.checkpoints import lacks_frozen
 from laver_mcore.megatron.optimizer import build_optimizer, weight_buckets
 from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.initialize import initialize
@@ -174,7 +175,7 @@ def _load_run(
     directory: str | Path,
 ) -> list[str]:
     """The weights of a run; where its checkpoint holds adapters alone, first those that it started from itself."""
-    if checkpoint.lacks_frozen(directory):
+    if lacks_frozen(directory):
         theirs = from_recipe(Path(directory) / "config.yaml")
         start_weights(chunks, replace(config, run=theirs.run, train=theirs.train), vocab_size, topology)
     return checkpoint.load_weights(chunks, config, vocab_size, directory)

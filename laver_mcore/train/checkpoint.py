@@ -29,13 +29,12 @@ from laver_mcore.megatron.checkpoints import (
     checkpoint_folder,
     identity,
     latest_iteration,
+    may_start,
 )
 from laver_mcore.megatron.optimizer import allocate_state, coalesced_offsets, load_state
 from laver_mcore.model.initialize import fill_new_rows
 from laver_mcore.model.vision_language import VisionLanguageModel
 from laver_mcore.train.engine import Engine
-
-_NEW_ROWS = len(VISION_TOKENS)
 
 
 def _metadata() -> dict[str, Any]:
@@ -195,7 +194,7 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
 
 
 def _open(
-    directory: str | Path, wanted_identity: dict[str, Any], *, may_lack_vision: bool = False
+    directory: str | Path, wanted_identity: dict[str, Any], *, starts: bool = False
 ) -> tuple[Path, dict[str, Any]]:
     """Folder and common state of the newest checkpoint, after checking that it is of this model."""
     iteration = latest_iteration(directory)
@@ -209,26 +208,13 @@ def _open(
         "identity", {}
     )
     for name, wanted in wanted_identity.items():
-        if (
-            may_lack_vision
-            and stored.get("vision") == "none"
-            and name in ("vision", "normalize_visual_tokens")
-        ):
-            continue
-        if name == "lora_rank" and may_lack_vision and not stored["lora_rank"]:
-            continue  # adapters start fresh
-        if name == "vocab_size" and may_lack_vision and _grows(stored, wanted):
+        if starts and may_start(name, stored, wanted, len(VISION_TOKENS)):
             continue
         if stored.get(name) != wanted:
             raise CheckpointError(
                 f"{folder} is of another model: it has {name}={stored.get(name)!r}, this recipe {name}={wanted!r}"
             )
     return folder, common
-
-
-def _grows(stored: dict[str, Any], vocab_size: int) -> bool:
-    """Whether weights of a text model get rows for tokens of vision that its tokenizer lacks."""
-    return stored.get("vision") == "none" and 0 < vocab_size - stored.get("vocab_size", 0) <= _NEW_ROWS
 
 
 def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progress:
@@ -277,15 +263,6 @@ def _restore_rng(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def lacks_frozen(directory: str | Path) -> bool:
-    """Whether the newest checkpoint of a run holds LoRA's adapters without the weights beside which they stand."""
-    iteration = latest_iteration(directory)
-    folder = checkpoint_folder(directory, iteration or 0)
-    if iteration is None or not (folder / "metadata.json").is_file():
-        return False
-    return bool(dist_checkpointing.load_common_state_dict(str(folder)).get("without_frozen", False))
-
-
 def load_weights(
     chunks: list[VisionLanguageModel], config: Config, vocab_size: int, directory: str | Path
 ) -> list[str]:
@@ -294,7 +271,7 @@ def load_weights(
     Returns the names of parts that it does not have and that keep their fresh values; only the objective's own (and
     the visual path, where the other run was on text alone) may be missing, anything else raises `CheckpointError`.
     """
-    folder, common = _open(directory, identity(config, vocab_size), may_lack_vision=True)
+    folder, common = _open(directory, identity(config, vocab_size), starts=True)
     # Weights converted from a text model have no visual path: connector and patches start fresh, a tower has its own.
     visual = ("connector.", "vision_encoder.") if common["identity"]["vision"] == "none" else ()
     own = {weight.name for weight in config.objective.parameters(config)}

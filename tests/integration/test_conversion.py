@@ -9,7 +9,7 @@ from integration.harness import Scenario, python, run_scenarios
 from laver_mcore.config.presets import PRESETS
 from laver_mcore.convert.decoder import export_decoder, import_decoder
 
-SHAPES = [name for name in PRESETS if name.startswith("qwen")]
+SHAPES = [name for name in PRESETS if name.startswith("qwen2.5")]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WAYS = ("checkpoint", "hf_path")
 VOCABULARY = 120  # padded to 128 rows in one process, to 256 under TP 2
