@@ -109,6 +109,6 @@ def test_bad_directory_stops_a_run_in_one_line(runs, tmp_path):
     done = python(*command, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("pretrain_laver.py: error: ")
-    assert "config.json: no such file; give a Hugging Face directory of Qwen2 or Qwen2.5" in done.stderr
+    assert "config.json: no such file; give a Hugging Face directory of qwen2 or llama or qwen3" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
