@@ -54,6 +54,7 @@ INSTALLABLE = {
     "webdataset": "webdataset",
     "megatron.energon": "Energon",
     "lmms_eval": "lmms-eval",
+    "peft": "peft",
 }
 MISSING = re.compile(
     r"could not import '(?P<module>[\w.]+)'|(?P<name>[\w-]+) is not installed|^no (?P<what>Triton)$"

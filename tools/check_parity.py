@@ -1,7 +1,7 @@
 """Compare the engine with transformers on the same weights: `check_parity.py --hf-path DIR [--load DIR]`.
 
-DIR is a Qwen2.5 directory (text batches), or an export of `mcore_to_hf.py` (image-text batches too; --load is
-then the run it came from). Without --load the engine reads the weights from the Qwen2.5 directory itself.
+DIR is a text model's directory (text batches), or an export of `mcore_to_hf.py` (image-text batches too; --load is
+then the run it came from). Without --load the engine reads the weights from that directory itself.
 Prints the largest difference per batch and the first divergent layer; exit status 1 past --tolerance, 2 for
 bad input.
 
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def engine_config(args: argparse.Namespace, is_laver: bool):
-    """The recipe of the run, or one for the Qwen2.5 directory, under the layout asked for, in fp32."""
+    """The recipe of the run, or one for the text model's directory, under the layout asked for, in fp32."""
     from dataclasses import replace
 
     from laver_mcore.config.hugging_face import read_shape
@@ -149,7 +149,7 @@ def engine_config(args: argparse.Namespace, is_laver: bool):
 
 
 def engine_network(args: argparse.Namespace, config, device):
-    """The engine's model on this rank, with the weights of --load or of the Qwen2.5 directory."""
+    """The engine's model on this rank, with the weights of --load or of the text model's directory."""
     from laver_mcore.convert.decoder import check_weights, open_run
     from laver_mcore.convert.safetensors_directory import open_weights
     from laver_mcore.convert.weights import load_hf_weights

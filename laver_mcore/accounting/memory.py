@@ -9,8 +9,8 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from laver_mcore.accounting.saved import layer_sizes, num_chunks, saved_per_row, whole_layer_per_row
 from laver_mcore.accounting.work import StepWork
-from laver_mcore.config.decoders import family_named
 from laver_mcore.config.schema import Config, ParallelConfig, TrainConfig
 from laver_mcore.shapes.towers import tower_shape
 from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, frozen_tower, list_weights, target_tower
@@ -115,7 +115,7 @@ def _stage_of(weight: Weight, config: Config) -> int:
     pp = config.parallel.pipeline_model_parallel_size
     if weight.place != "layer":
         return 0 if weight.place == "first" else pp - 1
-    return weight.layer // ((config.model.num_layers or 0) // _num_chunks(config)) % pp
+    return weight.layer // ((config.model.num_layers or 0) // num_chunks(config)) % pp
 
 
 def state_bytes(config: Config, held: Held, dp_size: int) -> dict[str, int]:
@@ -152,13 +152,13 @@ def rank_memory(
     parallel = config.parallel
     last = pp_rank == parallel.pipeline_model_parallel_size - 1
     in_flight = chunks_in_flight(config, pp_rank, num_micro_batches)
-    layers = (config.model.num_layers or 0) // _num_chunks(config)
+    layers = (config.model.num_layers or 0) // num_chunks(config)
     rows = (
         work.dialogue_rows
         + work.student_padding
         + (work.visual_tokens if config.objective.reconstructs else 0)
     )
-    activations = in_flight * layers * rows / parallel.context_parallel_size * _saved_per_row(config)
+    activations = in_flight * layers * rows / parallel.context_parallel_size * saved_per_row(config)
     activations += _edges(config, weights, work, rows, pp_rank, in_flight)
     learns = any(w.trains for w in weights)
     stays = state_bytes(config, held, dp_size)
@@ -177,11 +177,6 @@ def _frozen_encoder(config: Config) -> int:
     return 0 if tower is None else sum(weight.size for weight in frozen_tower(tower))
 
 
-def _num_chunks(config: Config) -> int:
-    parallel = config.parallel
-    return parallel.pipeline_model_parallel_size * (parallel.num_virtual_stages_per_pipeline_rank or 1)
-
-
 def chunks_in_flight(config: Config, pp_rank: int, num_micro_batches: int) -> int:
     """Model chunks' worth of activations that a pipeline rank holds at most.
 
@@ -194,69 +189,11 @@ def chunks_in_flight(config: Config, pp_rank: int, num_micro_batches: int) -> in
     return min(warm_up + 1, num_micro_batches * vp)
 
 
-def _sizes(config: Config) -> tuple[int, int, int, int, int, int]:
-    """(TP, what shares out norms and residuals, D, F, query width, key or value width)."""
-    model, parallel = config.model, config.parallel
-    assert model.hidden_size and model.ffn_hidden_size and model.kv_channels
-    assert model.num_attention_heads and model.num_query_groups
-    tp = parallel.tensor_model_parallel_size
-    along = tp if parallel.sequence_parallel else 1
-    queries, keys = (n * model.kv_channels for n in (model.num_attention_heads, model.num_query_groups))
-    return tp, along, model.hidden_size, model.ffn_hidden_size, queries, keys
-
-
-def _saved_per_row(config: Config) -> float:
-    """Numbers that one decoder layer saves for its backward, for each row of the pass."""
-    _, along, width, *_ = _sizes(config)
-    granularity = config.parallel.recompute_granularity
-    whole = _whole_layer_per_row(config)
-    if granularity != "full":
-        return whole
-    if config.parallel.recompute_method == "block":
-        layers = (config.model.num_layers or 0) // _num_chunks(config)
-        share = min(1.0, (config.parallel.recompute_num_layers or 1) / layers)
-        return share * width / along + (1 - share) * whole
-    # Uniform: the input of every unit of so many layers.
-    return width / along / (config.parallel.recompute_num_layers or 1)
-
-
-def _whole_layer_per_row(config: Config) -> float:
-    tp, along, width, ffn, queries, keys = _sizes(config)
-    # Input and output of both norms; the outputs are the inputs of the matrices behind them.
-    norms = 4 * width
-    # The fused projection (v is a view of it), the attention's output, and queries and keys: rotated, or, where
-    # attention is recomputed, the queries as they were handed over.
-    attention = (queries + 2 * keys) + queries + queries
-    if config.parallel.recompute_granularity != "selective":
-        attention += keys
-        if config.parallel.context_parallel_size > 1:
-            attention += queries  # the output before its exchange
-    if family_named(config.model.family).qk_norm:
-        # The inputs of both norms, cut out of the projection; the outputs are what is rotated or handed over.
-        attention += queries + keys
-        if config.parallel.recompute_granularity == "selective":
-            attention += keys
-    # Both projections in one, and what fused SwiGLU makes of them.
-    return norms / along + (attention + 3 * ffn) / tp + _adapters_per_row(config)
-
-
-def _adapters_per_row(config: Config) -> float:
-    """What comes out of each A, and with dropout what goes into it."""
-    tp, along, width, ffn, queries, _ = _sizes(config)
-    model, inputs = config.model, {"linear_qkv": width / along, "linear_fc1": width / along}
-    inputs |= {"linear_proj": queries / tp, "linear_fc2": ffn / tp}
-    ranks = {"linear_qkv": 3, "linear_fc1": 2}
-    return sum(
-        model.lora_rank * ranks.get(layer, 1) + (inputs[layer] if model.lora_dropout else 0)
-        for layer in model.adapted_layers
-    )
-
-
 def _edges(
     config: Config, weights: Sequence[Weight], work: StepWork, rows: int, pp_rank: int, in_flight: int
 ) -> float:
     """Numbers saved outside the layers: visual path on the first stage, heads on the last."""
-    tp, along, width, *_ = _sizes(config)
+    tp, along, width, *_ = layer_sizes(config)
     pp, cp = config.parallel.pipeline_model_parallel_size, config.parallel.context_parallel_size
     visual = work.visual_tokens
     teacher_rows = visual + work.teacher_padding if config.objective.teacher(config) else 0
@@ -304,13 +241,13 @@ def _logits(config: Config, weights: Sequence[Weight], work: StepWork, element: 
 
 def _workspace(config: Config, work: StepWork, rows: int, element: int, held: Held, last: bool) -> int:
     """What a backward needs at its widest besides, W of the Gram loss, buffers of the teacher's move."""
-    tp, _, width, ffn, queries, _ = _sizes(config)
+    tp, _, width, ffn, queries, _ = layer_sizes(config)
     cp = config.parallel.context_parallel_size
     rows = rows // cp
     # Gradients of the MLP's inner tensors; attention's partial sums of keys and values in fp32, one per query head.
     transient = rows * (element * (2 * width + 5 * ffn / tp) + 8 * queries / tp)
     if config.parallel.recompute_granularity == "full":
-        transient += element * rows * _whole_layer_per_row(config)
+        transient += element * rows * whole_layer_per_row(config)
     transient += element * held.largest  # a gradient on its way into the fp32 buffer
     gram = min(GRAM_WORKSPACE, element * work.gram_pairs) if last else 0
     gather = GATHER_WORKSPACE if held.averaged else 0

@@ -61,3 +61,18 @@ def identity(config: Config, vocab_size: int) -> dict[str, Any]:
         "vision": vision.vision,
         "normalize_visual_tokens": bool(vision.normalize_visual_tokens),
     }
+
+
+def may_start(name: str, stored: dict[str, Any], wanted: Any, new_rows: int) -> bool:
+    """Whether a run may start from weights that differ from it in what `identity` calls `name`.
+
+    Adapters start fresh, and so does the visual path of a text model, whose vocabulary grows by `new_rows` tokens for
+    vision at the most, those that its tokenizer lacks.
+    """
+    if name == "lora_rank":
+        return not stored["lora_rank"]
+    if stored.get("vision") != "none":
+        return False
+    if name == "vocab_size":
+        return 0 < wanted - stored.get("vocab_size", 0) <= new_rows
+    return name in ("vision", "normalize_visual_tokens")

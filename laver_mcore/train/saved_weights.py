@@ -11,15 +11,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from laver_mcore.config.schema import Config
 from laver_mcore.config.trainable import ADAPTERS
 from laver_mcore.data.sequence.tokenizer import VISION_TOKENS
-from laver_mcore.megatron.checkpoints import CheckpointError, identity
+from laver_mcore.megatron.checkpoints import CheckpointError, identity, may_start
 from laver_mcore.megatron.intact import candidates, newest_intact
 from laver_mcore.megatron.unpickling import reading
 from laver_mcore.model.initialize import fill_new_rows
 from laver_mcore.model.vision_language import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
-
-_NEW_ROWS = len(VISION_TOKENS)
 
 
 def metadata() -> dict[str, Any]:
@@ -48,7 +46,7 @@ def model_state(chunks: list[VisionLanguageModel], without_frozen: bool = False)
 
 
 def open_newest(
-    directory: str | Path, wanted_identity: dict[str, Any], *, verify: bool, may_lack_vision: bool = False
+    directory: str | Path, wanted_identity: dict[str, Any], *, verify: bool, starts: bool = False
 ) -> tuple[Path, dict[str, Any]]:
     """Folder and common state of the newest whole checkpoint, after checking that it is of this model."""
     folder, passed = newest_intact(directory, verify=verify)
@@ -60,26 +58,13 @@ def open_newest(
         "identity", {}
     )
     for name, wanted in wanted_identity.items():
-        if (
-            may_lack_vision
-            and stored.get("vision") == "none"
-            and name in ("vision", "normalize_visual_tokens")
-        ):
-            continue
-        if name == "lora_rank" and may_lack_vision and not stored["lora_rank"]:
-            continue  # adapters start fresh
-        if name == "vocab_size" and may_lack_vision and _grows(stored, wanted):
+        if starts and may_start(name, stored, wanted, len(VISION_TOKENS)):
             continue
         if stored.get(name) != wanted:
             raise CheckpointError(
                 f"{folder} is of another model: it has {name}={stored.get(name)!r}, this recipe {name}={wanted!r}"
             )
     return folder, common
-
-
-def _grows(stored: dict[str, Any], vocab_size: int) -> bool:
-    """Whether weights of a text model get rows for tokens of vision that its tokenizer lacks."""
-    return stored.get("vision") == "none" and 0 < vocab_size - stored.get("vocab_size", 0) <= _NEW_ROWS
 
 
 def lacks_frozen(directory: str | Path) -> bool:
@@ -100,7 +85,7 @@ def load_weights(
     the visual path, where the other run was on text alone) may be missing, anything else raises `CheckpointError`.
     """
     folder, common = open_newest(
-        directory, identity(config, vocab_size), verify=config.run.verify_checkpoint, may_lack_vision=True
+        directory, identity(config, vocab_size), verify=config.run.verify_checkpoint, starts=True
     )
     # Weights converted from a text model have no visual path: connector and patches start fresh, a tower has its own.
     visual = ("connector.", "vision_encoder.") if common["identity"]["vision"] == "none" else ()

@@ -26,6 +26,9 @@ STEPS = {
     "one_matrix": "--objective lm --trainable language_model.decoder.layers.2.mlp.linear_fc1.weight",
     "heads_alone": "--trainable vision_head.* language_model.output_layer.weight "
     "--untie-embeddings-and-output-weights True",
+    "lora": "--lora-rank 4",
+    "lora_targets": "--lora-rank 4 --lora-targets linear_qkv linear_fc2 --objective lm --trainable language_model.*",
+    "qwen3": "--family qwen3",
     "untied": "--untie-embeddings-and-output-weights True",
     "full_recompute": "--recompute-granularity full",
     "block_recompute": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",

@@ -20,6 +20,8 @@ ENGINES = {
     "tp2_sp_bf16": (2, 1, 1, "--sequence-parallel --bf16"),
     "qwen3_tp2_sp_bf16": (2, 1, 1, "--family qwen3 --sequence-parallel --bf16"),
     "llama": (1, 1, 1, "--family llama"),
+    "lora_tp2_sp_bf16": (2, 1, 1, "--lora-rank 4 --sequence-parallel --bf16"),
+    "lora_dp2_distributed": (1, 1, 2, "--lora-rank 4 --use-distributed-optimizer --bf16"),
     "tp2_untied": (2, 1, 1, UNTIED),
     "pp2_tied": (1, 2, 1, ""),
     "pp2_interleaved_bf16": (1, 2, 1, f"--num-virtual-stages-per-pipeline-rank 2 --bf16 {UNTIED}"),
@@ -36,6 +38,8 @@ LAYERS = {
     "saved_whole": (1, 1, 1, ""),
     "saved_selective": (1, 1, 1, "--recompute-granularity selective"),
     "saved_qwen3": (1, 1, 1, "--family qwen3"),
+    "saved_lora": (1, 1, 1, "--lora-rank 8"),
+    "saved_lora_tp2_sp": (2, 1, 1, "--lora-rank 8 --sequence-parallel"),
     "saved_qwen3_selective": (1, 1, 1, "--family qwen3 --recompute-granularity selective"),
     "saved_full": (1, 1, 1, "--recompute-granularity full"),
     "saved_block": (
@@ -112,11 +116,12 @@ def test_bytes_that_layers_save(directory, name):
     whole = rank_memory(config, vocab_size, work, pp_rank=0, dp_size=1, num_micro_batches=1).activations
     edges = whole - _layers_alone(config, vocab_size, work)
     # The block's final norm is among the edges, but its input is saved inside. On the CPU torch's rms_norm, which is
-    # one kernel on a GPU, also keeps its normalised input.
+    # one kernel on a GPU, also keeps its normalised input, where the norm trains.
     rows = work.dialogue_rows + work.visual_tokens + work.student_padding
     shares = ALL[name][0] if config.parallel.sequence_parallel else 1
     norm = 4 * rows * config.model.hidden_size / shares / config.parallel.context_parallel_size
     norms = 1 + 2 * WHOLE_LAYERS.get(name, config.model.num_layers)
+    norms = 0 if config.model.lora_rank else norms
     heads = 0  # the same for norms of queries and keys
     if config.model.family == "qwen3":
         channels = (

@@ -13,7 +13,7 @@ from laver_mcore.cli.run import check_save_folder, skip_ahead
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse, to_yaml
 from laver_mcore.megatron import parallel
-from laver_mcore.megatron.checkpoints import CheckpointError
+from laver_mcore.megatron.checkpoints import CheckpointError, may_start
 from laver_mcore.train import checkpoint
 from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
 from laver_mcore.train.checkpoint import Progress
@@ -241,3 +241,22 @@ def test_a_run_is_not_written_over(recipe, tmp_path, old, tracker, flags, words)
     else:
         with pytest.raises(ConfigError, match=words):
             check_save_folder(config)
+
+
+TEXT = {"vision": "none", "vocab_size": 100, "lora_rank": 0}
+STARTS = {
+    "fresh adapters": ("lora_rank", TEXT, 8, True),
+    "another rank": ("lora_rank", TEXT | {"lora_rank": 4}, 8, False),
+    "tokens for vision": ("vocab_size", TEXT, 103, True),
+    "another tokenizer": ("vocab_size", TEXT, 104, False),
+    "fewer tokens": ("vocab_size", TEXT, 99, False),
+    "an image model's tokens": ("vocab_size", TEXT | {"vision": "clip"}, 103, False),
+    "fresh visual path": ("vision", TEXT, "clip", True),
+    "another tower": ("vision", TEXT | {"vision": "siglip"}, "clip", False),
+    "another family": ("family", TEXT, "qwen3", False),
+}
+
+
+@pytest.mark.parametrize(("name", "stored", "wanted", "may"), STARTS.values(), ids=STARTS)
+def test_what_a_run_may_start_from(name, stored, wanted, may):
+    assert may_start(name, stored, wanted, 3) == may

@@ -9,6 +9,7 @@ import tyro
 
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import resolve
+from laver_mcore.config.presets import PRESETS
 from laver_mcore.config.schema import (
     Config,
     DataConfig,
@@ -114,6 +115,10 @@ class Setting:
 
 def preset(model: str, cuda: bool) -> Setting:
     """The defaults that go with a model: seconds on a CPU for `tiny`, stage 2's data and tower for the others."""
+    if model in PRESETS and PRESETS[model]["family"] != "qwen2":
+        raise ConfigError(
+            f"model={model}: the released code that is measured beside it has Qwen2.5 decoders alone"
+        )
     if not model.startswith("qwen"):
         return Setting(
             model=model, image_side=8, patch_size=4, text_tokens=30, seq_length=256, micro_batch_size=2,

@@ -17,6 +17,7 @@ from laver_mcore.convert.names import (
     pad_vocabulary,
     split,
     their_shapes,
+    with_new_rows,
 )
 from laver_mcore.model.sharding import shard
 
@@ -188,3 +189,12 @@ def test_vocabulary_padding_is_zero_and_refuses_to_cut():
     assert pad_vocabulary(torch.ones(3, 2), 5)[3:].abs().sum() == 0
     with pytest.raises(ValueError, match="3 tokens does not fit into 2 rows"):
         pad_vocabulary(torch.ones(3, 2), 2)
+
+
+def test_new_rows_are_the_mean_of_the_old_ones():
+    old = torch.randn(7, 3).bfloat16()
+    grown = with_new_rows(old, 9)
+    assert torch.equal(grown[:7], old)
+    for row in grown[7:]:
+        assert torch.equal(row, old.float().mean(0).bfloat16())
+    assert with_new_rows(old, 7) is old
