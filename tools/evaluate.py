@@ -43,7 +43,7 @@ class Arguments:
 
 def evaluate(arguments: Arguments, configs: list[Config]) -> None:
     """Answer all questions with every run and write them on the last rank."""
-    from laver_mcore.data.records.sample import load_records
+    from laver_mcore.data.records.conversation import load_records
     from laver_mcore.megatron import parallel
     from laver_mcore.train.build import (
         build_image_processor,

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from laver_mcore.data.errors import DataError
+from laver_mcore.data.errors import DataError, reason
 from laver_mcore.data.images.source import ImageSource, read_image_bytes
 
-# What Pillow raises on damaged files, depending on the format and on where the damage is.
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError)
+# What Pillow and its plugins raise on damaged files depends on the format and on where the damage is:
+# whatever it is, it is about this one file.
+DECODE_ERRORS = Exception
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -38,7 +39,8 @@ def _decode(file: Path | io.BytesIO, where: str) -> Image.Image:
             return to_rgb(image)
     except DECODE_ERRORS as error:
         raise DataError(
-            f"{where}: cannot be decoded ({reason(error)}); replace the file or drop its record"
+            f"{where}: cannot be decoded ({reason(error)}); replace the file or drop its record",
+            kind="image",
         ) from None
 
 
@@ -78,13 +80,9 @@ def _size(file: Path | io.BytesIO, where: str) -> tuple[int, int]:
             return image.size
     except DECODE_ERRORS as error:
         raise DataError(
-            f"{where}: not an image ({reason(error)}); replace the file or drop its record"
+            f"{where}: not an image ({reason(error)}); replace the file or drop its record",
+            kind="image",
         ) from None
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error."""
-    return (str(error) or type(error).__name__).split("\n")[0]
 
 
 class DecodedImages:

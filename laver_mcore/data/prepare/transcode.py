@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
-from laver_mcore.data.errors import DataError
-from laver_mcore.data.images.decode import DECODE_ERRORS, reason, to_rgb
+from laver_mcore.data.errors import DataError, reason
+from laver_mcore.data.images.decode import DECODE_ERRORS, to_rgb
 
 _EXIF_ORIENTATION = 0x0112
 _JPEG_QUALITY = 95
@@ -54,8 +54,10 @@ def prepare_image(encoded: bytes, limits: ImageLimits, where: str) -> PreparedIm
             image.seek(0)
             picture = ImageOps.exif_transpose(image) if turned else image
             picture = to_rgb(picture)
+    except DataError:
+        raise
     except DECODE_ERRORS as error:
-        raise DataError(f"{where}: cannot be decoded ({reason(error)})") from None
+        raise DataError(f"{where}: cannot be decoded ({reason(error)})", kind="image") from None
     if large:
         scale = (limits.max_pixels / (width * height)) ** 0.5
         size = (max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))
@@ -72,7 +74,8 @@ def prepare_image(encoded: bytes, limits: ImageLimits, where: str) -> PreparedIm
 def _check_shape(width: int, height: int, limits: ImageLimits, where: str) -> None:
     if max(width, height) > limits.max_aspect * min(width, height):
         raise DataError(
-            f"{where}: {width} x {height} pixels is beyond an aspect ratio of {limits.max_aspect:g}"
+            f"{where}: {width} x {height} pixels is beyond an aspect ratio of {limits.max_aspect:g}",
+            kind="image",
         )
 
 
