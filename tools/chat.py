@@ -57,15 +57,15 @@ def ask(prompt: str | None, *, first: bool) -> str | None:
 
 def open_image(path: str) -> Any:
     """A decoded image."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
         with Image.open(path) as image:
             image.load()
-            return image.copy()
-    except (UnidentifiedImageError, OSError):
+            return ImageOps.exif_transpose(image)  # upright, as in training; the processors leave EXIF alone
+    except Exception:  # whatever a damaged file, or one of 20,000 x 20,000 pixels, provokes
         raise ValueError(f"{path}: not an image that can be decoded") from None
 
 

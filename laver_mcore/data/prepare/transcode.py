@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from PIL import Image, ImageOps
 
 from laver_mcore.data.errors import DataError, reason
-from laver_mcore.data.images.decode import DECODE_ERRORS, to_rgb
+from laver_mcore.data.images.decode import DECODE_ERRORS, orientation, to_rgb
 
-_EXIF_ORIENTATION = 0x0112
 _JPEG_QUALITY = 95
 _KEPT_MODES = {"JPEG": ("RGB", "L", "CMYK"), "MPO": ("RGB", "L"), "PNG": ("1", "L", "P", "RGB", "LA", "RGBA")}
 _LOSSY = ("JPEG", "MPO", "AVIF", "WEBP")
@@ -42,9 +41,9 @@ def prepare_image(encoded: bytes, limits: ImageLimits, where: str) -> PreparedIm
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            turned = orientation(image) != 1
             image.load()  # Pillow raises on a truncated file; it does not check a JPEG's entropy-coded bits
             kind, mode = str(image.format), image.mode
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1)
             frames = getattr(image, "n_frames", 1) if kind == "PNG" else 1
             width, height = image.size
             _check_shape(width, height, limits, where)
