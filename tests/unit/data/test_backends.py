@@ -1,6 +1,5 @@
 """Pixels of every backend against transformers' processors, on pictures that readers disagree about."""
 
-
 import numpy as np
 import pytest
 import torch
