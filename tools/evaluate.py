@@ -81,6 +81,9 @@ def main() -> int:
     silence_megatron()
     arguments = tyro.cli(Arguments, description=__doc__)
     try:
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(arguments, name) < 1:
+                raise ConfigError(f"{name}={getattr(arguments, name)} is not at least 1")
         layout = ParallelConfig(
             tensor_model_parallel_size=arguments.tensor_model_parallel_size,
             pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
