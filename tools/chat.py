@@ -23,7 +23,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens {args.max_new_tokens} is not at least 1")
+    if not 0 <= args.temperature < float("inf"):
+        parser.error(f"--temperature {args.temperature} is no number from 0 on")
+    return args
 
 
 def main(argv: list[str]) -> int:
@@ -38,6 +43,11 @@ def main(argv: list[str]) -> int:
         return 2
     messages: list[dict[str, Any]] = []
     while (question := ask(args.prompt, first=not messages)) is not None:
+        if found := special_in(question, processor):
+            print(
+                f"chat.py: error: the question holds {found}, a special token; leave it out", file=sys.stderr
+            )
+            return 2
         parts = [{"type": "image"} for _ in images] if not messages else []
         messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
         answer = stream(model, processor, messages, images, args)
@@ -55,17 +65,26 @@ def ask(prompt: str | None, *, first: bool) -> str | None:
         return None
 
 
+def special_in(question: str, processor: Any) -> str | None:
+    """The first special token that a question spells out, which the model would take for structure; None without."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return next(
+        (token for token in [*added, *tokenizer.all_special_tokens] if token and token in question), None
+    )
+
+
 def open_image(path: str) -> Any:
     """A decoded image."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
         with Image.open(path) as image:
             image.load()
-            return image.copy()
-    except (UnidentifiedImageError, OSError):
+            return ImageOps.exif_transpose(image)  # upright, as in training; the processors leave EXIF alone
+    except Exception:  # whatever a damaged file, or one of 20,000 x 20,000 pixels, provokes
         raise ValueError(f"{path}: not an image that can be decoded") from None
 
 

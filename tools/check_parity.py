@@ -38,7 +38,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--trust-remote-code", action="store_true", help="run the code inside an exported model"
     )
     parser.add_argument("--result", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.report and not Path(args.report).parent.is_dir():
+        parser.error(f"--report {args.report}: its folder does not exist")
+    return args
 
 
 def main(argv: list[str]) -> int:

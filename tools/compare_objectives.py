@@ -145,7 +145,7 @@ def similarity_by_layer(folder: Path, data: Path, num_samples: int) -> list[floa
     from laver_mcore.config.load import from_recipe, resolve
     from laver_mcore.convert.probe import probe
     from laver_mcore.data.images.decode import open_image
-    from laver_mcore.data.records.sample import load_records
+    from laver_mcore.data.records.conversation import load_records
     from laver_mcore.data.sequence.batch import collate
     from laver_mcore.data.sequence.prompt import encode_prompt
     from laver_mcore.megatron import parallel

@@ -43,7 +43,7 @@ class Arguments:
 
 def evaluate(arguments: Arguments, configs: list[Config]) -> None:
     """Answer all questions with every run and write them on the last rank."""
-    from laver_mcore.data.records.sample import load_records
+    from laver_mcore.data.records.conversation import load_records
     from laver_mcore.megatron import parallel
     from laver_mcore.train.build import (
         build_image_processor,
@@ -81,6 +81,9 @@ def main() -> int:
     silence_megatron()
     arguments = tyro.cli(Arguments, description=__doc__)
     try:
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(arguments, name) < 1:
+                raise ConfigError(f"{name}={getattr(arguments, name)} is not at least 1")
         layout = ParallelConfig(
             tensor_model_parallel_size=arguments.tensor_model_parallel_size,
             pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,

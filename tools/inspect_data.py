@@ -178,6 +178,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1, help="how many")
     parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
     args, rest = parser.parse_known_args(arguments)
+    for name, lowest in (("step", 0), ("steps", 1)):
+        if getattr(args, name) < lowest:
+            parser.error(f"--{name} {getattr(args, name)} is not at least {lowest}")
     try:
         config, _ = parse(rest)
         text = page(config, range(args.step, args.step + args.steps))

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.prepare.check import check_prepared
@@ -39,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
         "--max-pixels", type=int, default=ImageLimits.max_pixels, help="scale larger images down"
     )
     parser.add_argument("--max-aspect", type=float, default=ImageLimits.max_aspect, help="reject beyond this")
+    parser.add_argument(
+        "--max-bad-fraction", type=float, default=0.1, help="share of records that may be rejected"
+    )
+    parser.add_argument(
+        "--allow-outside-images", action="store_true", help="image names may lead out of --image-folder"
+    )
     for name in RATINGS:
         flag = f"--min-{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, help="keep FineVision turns rated at least this, 1 to 5")
@@ -61,13 +68,17 @@ def main(arguments: list[str] | None = None) -> int:
                 limits=ImageLimits(max_pixels=args.max_pixels, max_aspect=args.max_aspect),
                 ratings=RatingFilter(**ratings),
             )
-            source = open_corpus(args.input, args.image_folder, options)
-            manifest = convert(source, args.output, options, num_workers=args.workers)
-            print(
-                f"{manifest['num_samples']:,} samples with {manifest['num_images']:,} images in "
-                f"{len(manifest['shards'])} shards; {manifest['num_rejects']:,} rejected "
-                f"({args.output / REJECTS})"
+            source = open_corpus(
+                args.input, args.image_folder, options, allow_outside_images=args.allow_outside_images
             )
+            manifest = convert(
+                source,
+                args.output,
+                options,
+                num_workers=args.workers,
+                max_bad_fraction=args.max_bad_fraction,
+            )
+            print(_summary(manifest, args.output))
         if args.check:
             problems = check_prepared(args.output, num_workers=args.workers)
             print("\n".join(problems) if problems else f"{args.output}: in order")
@@ -76,6 +87,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _summary(manifest: dict[str, Any], output: Path) -> str:
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in manifest["rejects_by_kind"].items())
+    return (
+        f"{manifest['num_samples']:,} samples with {manifest['num_images']:,} images in "
+        f"{len(manifest['shards'])} shards; {manifest['num_rejects']:,} rejected"
+        + (f": {kinds} ({output / REJECTS})" if kinds else "")
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from laver_mcore.config.schema import Config
-from laver_mcore.data.records.sample import Sample, load_records
+from laver_mcore.data.records.conversation import load_records
+from laver_mcore.data.records.sample import Sample
 from laver_mcore.data.sequence.tokenizer import Tokenizer
 from laver_mcore.data.serve.exchange import connect
 from laver_mcore.data.serve.loader import DialogueData

@@ -43,11 +43,31 @@ def read_shape(directory: str | Path) -> dict[str, Any]:
     shape = {ours: config[theirs] for theirs, ours in _FIELDS.items()}
     shape["family"] = family.name
     shape["untie_embeddings_and_output_weights"] = not config.get("tie_word_embeddings", False)
-    rope = _rope(config)
-    shape["rotary_base"] = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    rope = _rope(config, file)
+    shape["rotary_base"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    _check_numbers(shape, file)
+    shape["rotary_base"] = float(shape["rotary_base"])
     shape["rope_scaling"] = _rope_scaling(rope, family, file)
     channels = config.get("head_dim") or family.head_dim
-    return {**shape, "kv_channels": channels or config["hidden_size"] // config["num_attention_heads"]}
+    shape["kv_channels"] = channels or config["hidden_size"] // config["num_attention_heads"]
+    _check_numbers(shape, file)
+    return shape
+
+
+def _check_numbers(shape: dict[str, Any], file: Path) -> None:
+    """`ConfigError` for a setting that is no positive number, as config.json names it."""
+    theirs = {ours: name for name, ours in _FIELDS.items()} | {
+        "kv_channels": "head_dim",
+        "rotary_base": "rope_theta",
+    }
+    for name in theirs.keys() & shape.keys():
+        value, fraction = shape[name], name in ("norm_epsilon", "rotary_base")
+        is_number = (
+            isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+        )
+        if not is_number or not (fraction or isinstance(value, int)):
+            kind = "a positive number" if fraction else "a positive whole number"
+            raise ConfigError(f"{file}: {theirs[name]}={value!r}, wanted {kind}")
 
 
 def _known() -> str:
@@ -91,8 +111,11 @@ def _not_supported(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
+def _rope(config: dict[str, Any], file: Path) -> dict[str, Any]:
     # transformers 5 writes base and scaling into rope_parameters, earlier ones beside the rest and into rope_scaling.
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise ConfigError(f"{file}: {name} is {config[name]!r}, wanted a mapping")
     scaling = config.get("rope_scaling") or {}
     if "type" in scaling:  # its older name
         scaling = {"rope_type": scaling["type"], **scaling}

@@ -28,6 +28,8 @@ class DataConfig:
     """Share of each set in an epoch, 1 being the whole set once; one a set, or none for all of everything."""
     image_folder: str | None = None
     """Folder that image paths are relative to; the JSON file's own folder where not given."""
+    allow_outside_images: bool = False
+    """Whether a JSON record may name images outside image_folder, by .. or an absolute path."""
     image_backend: Literal["pillow", "torch_uint8", "dali", "dali_two_pass"] = "pillow"
     """Who decodes and resizes: pillow is the reference, torch_uint8 fastest on CPU, dali uses the run's GPU if any."""
     num_workers: int = 0

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,14 @@ from laver_mcore.convert.names import (
     split,
     their_shapes,
 )
-from laver_mcore.convert.safetensors_directory import TensorToWrite, Weights, open_weights, write_safetensors
+from laver_mcore.convert.safetensors_directory import (
+    TensorToWrite,
+    Weights,
+    open_weights,
+    read_json,
+    write_safetensors,
+)
+from laver_mcore.convert.source_tensors import SourceTensors, account, refuse_doubles
 from laver_mcore.megatron import checkpoints
 from laver_mcore.megatron.intact import newest_intact
 
@@ -55,6 +63,16 @@ COMPANIONS = (
     "chat_template.json",
 )
 """Files of a Hugging Face directory that go with its weights unchanged."""
+CARRIED = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "max_position_embeddings",
+    "max_window_layers",
+    "initializer_range",
+    "attention_dropout",
+)
+"""Settings of a source's config.json that this engine neither uses nor changes."""
 # Layers without weights of their own still have an entry in Megatron's checkpoints.
 _EXTRA_STATES = (
     "self_attention.linear_proj",
@@ -62,7 +80,6 @@ _EXTRA_STATES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-_IGNORED = ("rotary_emb.inv_freq",)
 
 
 def import_decoder(
@@ -76,7 +93,9 @@ def import_decoder(
     model = fill_from_preset(ModelConfig(), read_shape(hf_path))
     assert model.vocab_size is not None
     weights = open_weights(hf_path, allow_pickle=allow_pickle)
-    check_weights(weights, model, model.vocab_size, hf_path)
+    logger.info("%s: %s", hf_path, check_weights(weights, model, model.vocab_size, hf_path))
+    if dtype is None:
+        refuse_doubles(weights, hf_path)
     config = Config(model=model, vision=VisionConfig(vision="none"))
     blocks = [block for entry in entries(model) for block in _blocks_of(entry, weights, model, dtype)]
     common = {
@@ -90,29 +109,18 @@ def import_decoder(
         write_checkpoint(checkpoints.checkpoint_folder(folder, 0), blocks, _extra_states(model), common)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         copy_companions(Path(hf_path), folder / "hf")
+        copy_settings(Path(hf_path), folder / "hf")
         (folder / checkpoints.TRACKER).write_text("0", encoding="utf-8")
     return model
 
 
-def check_weights(weights: Weights, model: ModelConfig, vocab_size: int, where: str | Path) -> None:
-    """Raise `ConversionError` unless the directory holds exactly this decoder, each tensor of its shape."""
+def check_weights(weights: Weights, model: ModelConfig, vocab_size: int, where: str | Path) -> SourceTensors:
+    """What becomes of each tensor; `ConversionError` unless the directory holds exactly this decoder."""
     expected: dict[str, tuple[int, ...]] = {}
     for entry in entries(model):
         expected.update(zip(entry.theirs, their_shapes(entry, model, vocab_size), strict=True))
-    for name, wanted in expected.items():
-        if name not in weights:
-            raise ConversionError(f"{where} has no {name}; its config.json asks for {list(wanted)}")
-        found, _ = weights.describe(name)
-        if found != wanted:
-            raise ConversionError(
-                f"{where}: {name} is {list(found)}, its config.json asks for {list(wanted)}"
-            )
     tied = not model.untie_embeddings_and_output_weights
-    for name in weights:
-        if name not in expected and not name.endswith(_IGNORED) and not (tied and name == "lm_head.weight"):
-            raise ConversionError(
-                f"{where}: {name} has no place in a {model.family} decoder; is this another architecture?"
-            )
+    return account(weights, expected, where, tied=tied, family=model.family)
 
 
 def _blocks_of(
@@ -173,11 +181,12 @@ def export_decoder(
     config, reader = open_run(load)
     vocab_size = reader.common["identity"]["vocab_size"]
     tensors = run_tensors(config, reader, vocab_size, dtype=dtype, teacher=teacher)
+    source = Path(companions) if companions else Path(load) / "hf"
     with written_whole(Path(save)) as folder:
-        content = text_config(config.model, vocab_size)
+        content = text_config(config.model, vocab_size) | carried_settings(source)
         content["dtype"] = str(tensors[0].dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        copy_companions(Path(companions) if companions else Path(load) / "hf", folder)
+        copy_companions(source, folder)
         write_safetensors(folder, tensors)
 
 
@@ -251,6 +260,19 @@ def copy_companions(source: Path, destination: Path) -> None:
         destination.mkdir(exist_ok=True)
     for name in found:
         shutil.copyfile(source / name, destination / name)
+
+
+def copy_settings(source: Path, destination: Path) -> None:
+    """Keep the source's config.json beside its companions: what this engine does not use goes back with an export."""
+    destination.mkdir(exist_ok=True)
+    shutil.copyfile(source / "config.json", destination / "config.json")
+
+
+def carried_settings(source: Path) -> dict[str, Any]:
+    """What an export says as the source's config.json does; empty where there is none."""
+    file = source / "config.json"
+    content = read_json(file) if file.is_file() else {}
+    return {name: content[name] for name in CARRIED if content.get(name) is not None}
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -98,10 +99,16 @@ class _BlockPlanner(DefaultSavePlanner):
 def write_checkpoint(
     folder: Path, blocks: Iterable[Block], objects: dict[str, bytes], common: dict[str, Any]
 ) -> None:
-    """Write one checkpoint folder; `objects` are serialised byte entries, `common` what every rank reads."""
+    """Write one checkpoint folder; `objects` are serialised byte entries, `common` what every rank reads.
+
+    What a block's `fetch` raises comes out as it is.
+    """
     folder.mkdir(parents=True)
     writer = dcp.FileSystemWriter(folder, thread_count=1, sync_files=False)
-    dcp.save({}, storage_writer=writer, planner=_BlockPlanner(blocks, objects), no_dist=True)
+    try:
+        dcp.save({}, storage_writer=writer, planner=_BlockPlanner(blocks, objects), no_dist=True)
+    except CheckpointException as error:  # wraps whatever a block raised, and is no Exception itself
+        raise next(iter(error.failures.values()))[0] from None
     torch.save(common, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist"), str(folder))
     seal(folder)

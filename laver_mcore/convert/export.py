@@ -17,6 +17,7 @@ from laver_mcore.config.decoders import chat_templates
 from laver_mcore.config.hugging_face import text_config
 from laver_mcore.config.schema import Config
 from laver_mcore.convert.decoder import (
+    carried_settings,
     export_decoder,
     open_run,
     run_tensors,
@@ -78,6 +79,7 @@ def export_run(
             chat_templates(config.model.family, config.data.chat_template),
         )
         content = model_config(config, vocab_size, engine_tokenizer.special.image_pad, dtype)
+        content["text_config"] |= carried_settings(Path(source))
         _write_json(folder / "config.json", content)
         _write_json(folder / "preprocessor_config.json", processor_config(config))
         _write_json(folder / "generation_config.json", _generation_config(engine_tokenizer))

@@ -19,6 +19,8 @@ from laver_mcore.convert.errors import ConversionError
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_READ = {code: dtype for dtype, code in _DTYPES.items()} | {"F64": torch.float64}
+"""Numbers that mean what they say; integers and 8-bit floats are codes that need a scale."""
 MAX_SHARD_BYTES = 4 * 2**30
 
 
@@ -46,25 +48,35 @@ class SafetensorsDirectory(Mapping[str, torch.Tensor]):
         self.path = Path(path)
         self._files: dict[str, Path] = {}
         for file in _list_files(self.path, *_WEIGHTS):
-            self._files.update(dict.fromkeys(_names_in(file), file))
+            for name in _names_in(file):
+                if name in self._files:
+                    raise ConversionError(f"{name} is in {self._files[name]} and in {file}; which is meant?")
+                self._files[name] = file
         _check_index(self.path / _WEIGHTS[1], self._files)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         # Opened anew each time: the mapped pages of a tensor are given back when the tensor is.
         with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+            return _finite(name, file.get_tensor(name), self._files[name])
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Only the rows [start, stop) of a tensor."""
         with safe_open(self._files[name], framework="pt") as file:
-            return file.get_slice(name)[start:stop]
+            return _finite(name, file.get_slice(name)[start:stop], self._files[name])
 
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype from the header alone."""
+        """Shape and dtype from the header alone; `ConversionError` for a dtype that is not read."""
         with safe_open(self._files[name], framework="pt") as file:
             part = file.get_slice(name)
-            shape = tuple(part.get_shape())
-            return shape, {code: dtype for dtype, code in _DTYPES.items()}.get(part.get_dtype(), torch.int64)
+            code = part.get_dtype()
+            if code not in _READ:
+                raise ConversionError(
+                    f"{self._files[name]}: {name} is {code}, codes without their scales; wanted {', '.join(_READ)}"
+                )
+            return tuple(part.get_shape()), _READ[code]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -77,6 +89,7 @@ class PickledDirectory(Mapping[str, torch.Tensor]):
     """Tensors of `pytorch_model*.bin` files, mapped from disk and unpickled with `weights_only`."""
 
     def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
         self._tensors: dict[str, torch.Tensor] = {}
         for file in _list_files(Path(path), *_PICKLED):
             try:
@@ -85,15 +98,18 @@ class PickledDirectory(Mapping[str, torch.Tensor]):
                 raise ConversionError(f"{file}: not a readable weights file ({_reason(error)})") from None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
+        return _finite(name, self._tensors[name], self._path)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Only the rows [start, stop) of a tensor."""
-        return self._tensors[name][start:stop]
+        return _finite(name, self._tensors[name][start:stop], self._path)
 
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype."""
-        return tuple(self._tensors[name].shape), self._tensors[name].dtype
+        """Shape and dtype; `ConversionError` for a dtype that is not read."""
+        dtype = self._tensors[name].dtype
+        if dtype not in _READ.values():
+            raise ConversionError(f"{self._path}: {name} is {dtype}; wanted {', '.join(_READ)}")
+        return tuple(self._tensors[name].shape), dtype
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -122,10 +138,22 @@ def open_weights(path: str | Path, *, allow_pickle: bool = False) -> Weights:
     )
 
 
+def _finite(name: str, tensor: torch.Tensor, where: Path) -> torch.Tensor:
+    """The tensor, every number of which is one; `ConversionError` names it otherwise."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise ConversionError(
+            f"{where}: {name} holds NaN or infinity; download it again, or take another one"
+        )
+    return tensor
+
+
 def _list_files(path: Path, single: str, index: str) -> list[Path]:
     if (path / single).is_file():
         return [path / single]
-    names = sorted(set(read_json(path / index).get("weight_map", {}).values()))
+    weight_map = read_json(path / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{path / index} has no weight_map; download the directory again")
+    names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name:
             raise ConversionError(f"{path / index} names {name!r}, which is not a file of the directory")
@@ -149,7 +177,7 @@ def _names_in(file: Path) -> list[str]:
 def _check_index(index: Path, found: Mapping[str, Path]) -> None:
     if not index.is_file():
         return
-    missing = sorted(set(read_json(index).get("weight_map", {})) - set(found))
+    missing = sorted(set(read_json(index).get("weight_map") or {}) - set(found))
     if missing:
         raise ConversionError(
             f"{index} names {missing[0]}, which no file holds; download the directory again"

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
+from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import ParallelConfig
 from laver_mcore.megatron import cpu
+from laver_mcore.megatron.environment import check_environment
 from laver_mcore.processes import end_with_parent
 
 
@@ -81,7 +83,11 @@ class Topology:
 
 
 def init_distributed(timeout_minutes: int = 30) -> torch.device:
-    """Join the process group that torchrun describes (or a group of one) and return this rank's device."""
+    """Join the process group that torchrun describes (or a group of one) and return this rank's device.
+
+    ConfigError names a variable of the environment that fits no group, and a port that is taken.
+    """
+    check_environment()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(signal.SIGTERM)  # a rank whose torchrun is gone saves, and stops
     os.environ.setdefault("RANK", "0")
@@ -101,13 +107,17 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
         store = None
         if "MASTER_PORT" not in os.environ:  # a single process started without torchrun
             store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timedelta(minutes=timeout_minutes),
-        )
+        try:
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                timeout=timedelta(minutes=timeout_minutes),
+            )
+        except dist.DistNetworkError as error:
+            port, reason = os.environ.get("MASTER_PORT"), str(error).split("\n")[0]
+            raise ConfigError(f"MASTER_PORT={port} cannot be used ({reason}); choose another") from None
     return device
 
 

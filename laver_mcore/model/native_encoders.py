@@ -190,7 +190,13 @@ def _load_weights(encoder: NativeEncoder, path: Path, spec: _Tower) -> None:
                 for name in opened.keys():  # noqa: SIM118 (not a mapping)
                     own = name.removeprefix("model.").removeprefix(spec.prefix)
                     if own in wanted:
-                        wanted[own].copy_(opened.get_tensor(name))
+                        tensor = opened.get_tensor(name)
+                        if tensor.shape != wanted[own].shape or not tensor.is_floating_point():
+                            raise ConfigError(
+                                f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, its config.json asks for "
+                                f"{list(wanted[own].shape)}"
+                            )
+                        wanted[own].copy_(tensor)
                         found.add(own)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ConfigError(f"{file}: cannot be loaded ({str(error).splitlines()[0]})") from None

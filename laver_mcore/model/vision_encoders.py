@@ -244,8 +244,8 @@ def _from_pretrained(model_class: Any, path: Path, dtype: torch.dtype) -> nn.Mod
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except OSError as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # whatever a truncated, empty or ill-fitting file provokes in transformers
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise ConfigError(f"{path}: cannot be loaded ({reason}); weights must be safetensors files") from None
     missing = sorted(report["missing_keys"])
     if missing:

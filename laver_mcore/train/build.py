@@ -94,6 +94,7 @@ def build_data(config: Config, tokenizer: Tokenizer, device: torch.device | None
     return DialogueData(
         list(data.data_path),
         image_folder=data.image_folder,
+        allow_outside_images=data.allow_outside_images,
         tokenizer=tokenizer,
         image_processor=image_processor,
         targets=build_targets(config, image_processor),

@@ -1,12 +1,13 @@
 """NVIDIA DALI's dynamic mode: batch decode and batch resize, on CPU or GPU. The only file that imports DALI.
 
-Measured on DALI 2.4.0: JPEG and PNG decode to Pillow's very bits; one damaged image fails its whole batch;
-grey PNGs of 16 bits come out otherwise than anywhere else, and GIF and AVIF not at all, so Pillow decodes
-those.
+Measured on DALI 2.4.0: JPEG and PNG decode to Pillow's very bits; one damaged image fails its whole batch, dozens in a
+batch of 128 end the process; grey PNGs of 16 bits and CMYK without Adobe's marker come out otherwise than anywhere
+else, and GIF and AVIF not at all, so Pillow decodes those, and whatever EXIF wants turned.
 """
 
 import importlib
 import importlib.util
+import io
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -15,7 +16,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+
+from laver_mcore.data.images.decode import DECODE_ERRORS, orientation
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -53,10 +57,20 @@ _dynamic = _Dynamic()
 
 
 def decodes(encoded: bytes) -> bool:
-    """Whether DALI gives the reference's pixels: a JPEG, or an opaque PNG of 8 bits."""
-    if encoded[:3] == b"\xff\xd8\xff":
-        return True
-    if encoded[:8] != _PNG or len(encoded) < 33:
+    """Whether DALI gives the reference's pixels: an upright JPEG in colour or grey, or opaque PNG of 8 bits.
+
+    What DALI makes of CMYK depends on an Adobe marker that not every file has.
+    """
+    is_png = encoded[:8] == _PNG
+    if not is_png and encoded[:3] != b"\xff\xd8\xff":
+        return False
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if orientation(image) != 1:
+                return False
+            if not is_png:
+                return image.mode in ("RGB", "L")
+    except DECODE_ERRORS:
         return False
     bits, colour = encoded[24], encoded[25]
     return bits <= 8 and colour in (0, 2, 3) and not _has_transparency(encoded)

@@ -1,24 +1,27 @@
 """Encoded images -> RGB on Pillow, the reference that every other backend is measured against.
 
-EXIF orientation is left alone, as the Hugging Face processors do. Transparency goes on white, 16 bits become
-8.
+One rule for every reader: the orientation that EXIF asks for is applied, transparency goes on white, 16 bits become 8
+by their upper byte whatever range they use, floating point must lie in 0..1. An image whose range the file does not
+tell is refused, never guessed at.
 """
 
 import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from laver_mcore.data.errors import DataError
+from laver_mcore.data.errors import DataError, reason
 from laver_mcore.data.images.source import ImageSource, read_image_bytes
 
-# What Pillow raises on damaged files, depending on the format and on where the damage is.
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError)
+# What Pillow and its plugins raise on damaged files depends on the format and on where the damage is:
+# whatever it is, it is about this one file.
+DECODE_ERRORS = Exception
+_EXIF_ORIENTATION = 0x0112
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """Decode an image to RGB, EXIF orientation untouched, transparency on white.
+    """Decode an image to RGB, upright, transparency on white.
 
     Raises DataError naming the image if it is damaged.
     """
@@ -35,18 +38,41 @@ def decode_image(encoded: bytes, where: str) -> Image.Image:
 def _decode(file: Path | io.BytesIO, where: str) -> Image.Image:
     try:
         with Image.open(file) as image:
-            return to_rgb(image)
+            return to_rgb(upright(image))
     except DECODE_ERRORS as error:
         raise DataError(
-            f"{where}: cannot be decoded ({reason(error)}); replace the file or drop its record"
+            f"{where}: cannot be decoded ({reason(error)}); replace the file or drop its record",
+            kind="image",
         ) from None
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8 of an image that was opened and not yet loaded; 1 where none is given or readable."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself, their size included
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info):
+        return 1  # asking further would decode the pixels to look behind them
+    try:
+        found = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # damaged metadata is no damaged picture
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An opened image as EXIF wants it shown."""
+    if orientation(image) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB, transparency on white."""
     # On white, as transformers' processors do since 5.2x; before, they dropped the alpha channel, which shows
     # whatever colour an editor left behind it (black lines on black, in many published diagrams).
-    if image.mode.startswith(("I", "F")):
+    if image.mode == "F":
+        image = _from_floats(image)
+    elif image.mode.startswith("I"):
         image = _from_sixteen_bits(image)
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
@@ -57,13 +83,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _from_sixteen_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits to 8; Pillow's own conversion clips at 255, which leaves a white page."""
     values = np.asarray(image)
-    if values.dtype != np.uint16 and values.size and values.max() <= 255:
-        return Image.fromarray(values.clip(0).astype(np.uint8))
+    if image.format == "TIFF" and values.dtype.itemsize > 2:
+        raise ValueError("32-bit integers, which have no full scale; convert it to 8 or 16 bits")
     return Image.fromarray((values.astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
 
 
+def _from_floats(image: Image.Image) -> Image.Image:
+    """Grey of 0..1 to 8 bits; ValueError for other values, whose full scale no file tells."""
+    values = np.asarray(image)
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        raise ValueError(f"floating point from {values.min():g} to {values.max():g}, wanted 0 to 1")
+    return Image.fromarray(np.round(values * 255).astype(np.uint8))
+
+
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels from the header alone; DataError naming the file if it is no image."""
+    """(width, height) in pixels, upright, from the header alone; DataError naming the file if it is no image."""
     return _size(path, str(path))
 
 
@@ -75,16 +109,13 @@ def encoded_size(encoded: bytes, where: str) -> tuple[int, int]:
 def _size(file: Path | io.BytesIO, where: str) -> tuple[int, int]:
     try:
         with Image.open(file) as image:
-            return image.size
+            width, height = image.size
+            return (height, width) if orientation(image) >= 5 else (width, height)
     except DECODE_ERRORS as error:
         raise DataError(
-            f"{where}: not an image ({reason(error)}); replace the file or drop its record"
+            f"{where}: not an image ({reason(error)}); replace the file or drop its record",
+            kind="image",
         ) from None
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error."""
-    return (str(error) or type(error).__name__).split("\n")[0]
 
 
 class DecodedImages:

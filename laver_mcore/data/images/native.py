@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.images.pixel_settings import native_settings
+from laver_mcore.data.images.pixel_settings import native_settings, read_processor
 from laver_mcore.data.images.processors import normalise, pillow_class, preprocessor_config
 
 NATIVE_PROCESSORS = ("Qwen2VLImageProcessor",)
@@ -34,9 +34,10 @@ class NativeImageProcessor:
                 f"{where}: image processor {name!r} has no native resolution; use one of "
                 f"{', '.join(NATIVE_PROCESSORS)}"
             )
-        self._processor = pillow_class(name).from_dict({**config, "do_convert_rgb": True})
+        self._processor, self.settings = read_processor(
+            lambda: pillow_class(name).from_dict({**config, "do_convert_rgb": True}), native_settings, where
+        )
         self._config = json.dumps(config, sort_keys=True, default=str)
-        self.settings = native_settings(self._processor)
         self.patch_size = int(self._processor.patch_size)
         self.merge_size = int(self._processor.merge_size)
         self.temporal_patch_size = int(self._processor.temporal_patch_size)

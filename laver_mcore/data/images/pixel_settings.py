@@ -1,9 +1,11 @@
 """The numbers of a `preprocessor_config.json` that decide an image's pixels, read once for every backend."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from laver_mcore.data.errors import DataError
+from laver_mcore.data.errors import DataError, reason
 
 FILTERS = {
     0: "nearest",
@@ -30,6 +32,24 @@ class PixelSettings:
     factor: int = 1  # native: both sides become multiples of this
     min_pixels: int = 0
     max_pixels: int = 0
+
+    def check(self, where: str) -> None:
+        """DataError for settings that give no pixels, or pixels that are no numbers."""
+        wrong = {
+            "size": self.resize in ("square", "shortest") and min(self.height, self.width) < 1,
+            "crop_size": self.crop is not None and min(self.crop) < 1,
+            "patch_size or merge_size": self.factor < 1,
+            "min_pixels or max_pixels": self.resize == "native"
+            and not 0 < self.min_pixels <= self.max_pixels,
+            "rescale_factor": not 0 < self.scale < math.inf,
+            "image_mean": len(self.mean) != 3 or not all(map(math.isfinite, self.mean)),
+            "image_std": len(self.std) != 3 or not all(0 < value < math.inf for value in self.std),
+        }
+        for name, is_wrong in wrong.items():
+            if is_wrong:
+                raise DataError(
+                    f"{where}: {name} makes no sense ({self}); use the file that came with the tower"
+                )
 
     def target(self, width: int, height: int) -> tuple[int, int]:
         """(height, width) that an image is resized to, before any crop; DataError for a shape without one."""
@@ -66,6 +86,22 @@ def smart_resize(width: int, height: int, factor: int, min_pixels: int, max_pixe
     return rows, columns
 
 
+def read_processor(make: Callable[[], Any], settings: Callable[[Any], PixelSettings], where: str) -> Any:
+    """(processor, its settings): what transformers makes of a config; DataError for one that says nothing sensible."""
+    try:
+        processor = make()
+        found = settings(processor)
+        found.check(where)
+    except DataError:
+        raise
+    except Exception as error:  # whatever a value of the wrong kind provokes in transformers
+        raise DataError(
+            f"{where}: no settings of an image processor ({type(error).__name__}: {reason(error)}); "
+            "use the file that came with the tower"
+        ) from None
+    return processor, found
+
+
 def fixed_settings(processor: Any, where: str) -> PixelSettings:
     """The settings of a transformers image processor with a fixed output size; DataError for one without."""
     crop = processor.crop_size if processor.do_center_crop else None
@@ -86,7 +122,13 @@ def fixed_settings(processor: Any, where: str) -> PixelSettings:
 
 
 def native_settings(processor: Any) -> PixelSettings:
-    """The settings of transformers' Qwen2-VL image processor."""
+    """The settings of transformers' Qwen2-VL image processor; ValueError for a patch that is no number of pixels."""
+    for name in ("patch_size", "merge_size", "temporal_patch_size"):
+        value = getattr(processor, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}")
+    if not processor.do_resize:
+        raise ValueError("do_resize is false, so sides are no whole patches")
     return PixelSettings(
         resize="native",
         height=0,
@@ -104,7 +146,7 @@ def normalisation(processor: Any) -> dict[str, Any]:
     mean = tuple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0)
     std = tuple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0)
     return {
-        "resample": FILTERS.get(int(processor.resample), "bicubic"),
+        "resample": FILTERS[int(processor.resample)],
         "scale": float(processor.rescale_factor) if processor.do_rescale else 1.0,
         "mean": mean,
         "std": std,

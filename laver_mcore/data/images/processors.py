@@ -16,7 +16,7 @@ from torch import Tensor
 
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images.decode import to_rgb
-from laver_mcore.data.images.pixel_settings import PixelSettings, fixed_settings
+from laver_mcore.data.images.pixel_settings import PixelSettings, fixed_settings, read_processor
 
 # Names in published preprocessor_config.json files -> the class that implements them on Pillow.
 _PROCESSORS = {
@@ -64,9 +64,12 @@ class FixedImageProcessor:
                 f"{where}: image processor {name!r} is not supported; use one of {', '.join(_PROCESSORS)}"
             )
         # do_convert_rgb is null in some published files; images arrive here in RGB anyway.
-        self._processor = pillow_class(known).from_dict({**config, "do_convert_rgb": True})
+        self._processor, self.settings = read_processor(
+            lambda: pillow_class(known).from_dict({**config, "do_convert_rgb": True}),
+            lambda processor: fixed_settings(processor, where),
+            where,
+        )
         self._config = json.dumps({**config, "patch_size": patch_size}, sort_keys=True, default=str)
-        self.settings = fixed_settings(self._processor, where)
         self.height, self.width = self.settings.crop or (self.settings.height, self.settings.width)
         self.patch_size = patch_size
         if self.height < patch_size or self.width < patch_size:
@@ -115,6 +118,8 @@ def preprocessor_config(source: str | Path | dict[str, Any]) -> tuple[dict[str, 
         ) from None
     except ValueError as error:
         raise DataError(f"{path}: broken JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: holds a {type(config).__name__}, wanted a mapping of settings")
     return config, str(path)
 
 

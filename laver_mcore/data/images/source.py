@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laver_mcore.data.errors import DataError
+from laver_mcore.data.errors import DataError, reason, shortened
 
 _OPEN_SHARDS = 256
 _KEPT_ROW_GROUPS = 4
@@ -69,8 +69,11 @@ def read_image_bytes(source: ImageSource) -> bytes:
         if isinstance(source, TarMember):
             return read_range(source.path, source.offset, source.size)
     except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"{source}: cannot be read ({reason}); check the file or drop its record") from None
+        why = error.strerror or error
+        raise DataError(
+            f"{shortened(str(source), 160)}: cannot be read ({why}); check the file or drop its record",
+            kind="image",
+        ) from None
     row = read_parquet_row(source.path, source.row_group, source.row)
     return image_cells(row[source.column])[source.index]
 
@@ -85,7 +88,8 @@ def image_cells(value: Any) -> list[bytes]:
             continue
         if not isinstance(data, bytes):
             raise DataError(
-                f"an image cell holds no bytes but {str(cell)[:60]!r}; embed the images in the file"
+                f"an image cell holds no bytes but {str(cell)[:60]!r}; embed the images in the file",
+                kind="image",
             )
         images.append(data)
     return images
@@ -146,9 +150,8 @@ def read_parquet_row(path: Path, row_group: int, row: int) -> dict[str, Any]:
     try:
         return _row_groups.get(path, row_group).slice(row, 1).to_pylist()[0]
     except (OSError, ValueError, IndexError) as error:
-        reason = str(error).split("\n")[0]
         raise DataError(
-            f"{path}: row group {row_group} cannot be read ({reason}); download it again"
+            f"{path}: row group {row_group} cannot be read ({reason(error)}); download it again"
         ) from None
 
 
@@ -163,5 +166,4 @@ def open_parquet(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise DataError(f"{path}: not a parquet file ({reason}); download it again") from None
+        raise DataError(f"{path}: not a parquet file ({reason(error)}); download it again") from None

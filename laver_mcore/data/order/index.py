@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from laver_mcore.data.errors import DataError
+from laver_mcore.data.errors import DataError, one_sample
 from laver_mcore.data.images.decode import encoded_size, image_size
 from laver_mcore.data.images.source import TarMember, read_image_bytes
 from laver_mcore.data.records.sample import Sample, UniqueKeys
@@ -34,8 +34,9 @@ from laver_mcore.data.sequence.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 FOLDER = ".laver_index"
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 256  # samples measured at a time
+_KEPT_BAD = 0.05  # share of unusable samples up to which an index is kept
 _CACHED_FROM = 2000  # samples; a smaller set is measured faster than it is found
 _ARRAYS = ("locators", "text_lengths", "image_starts", "image_sizes", "key_starts", "keys")
 
@@ -51,7 +52,7 @@ class SourceIndex:
     image_sizes: np.ndarray  # int32 [I, 2]: width, height in pixels
     key_starts: np.ndarray  # int64 [n + 1], into keys
     keys: np.ndarray  # uint8, UTF-8
-    bad: tuple[tuple[str, str], ...] = ()  # (where, reason) of samples that cannot be used
+    bad: tuple[tuple[str, str, str], ...] = ()  # (where, reason, kind) of samples that cannot be used
     folder: Path | None = field(default=None)  # where the arrays are mapped from
 
     def __len__(self) -> int:
@@ -85,6 +86,7 @@ class Measured:
     text_length: int = 0
     image_sizes: tuple[tuple[int, int], ...] = ()
     error: str | None = None
+    kind: str = ""
 
 
 def measure(
@@ -94,13 +96,14 @@ def measure(
     found = []
     for locator in locators:
         try:
-            sample = source.read(locator, check_files=True)
-            sizes = tuple(_image_size(image) for image in sample.images)
-            # Grids of no token: what is left is text, with the two tokens around each image.
-            empty = [(0, 0)] * len(sizes)
-            length = len(encode_sample(sample.turns, empty, tokenizer, system_prompt=system_prompt))
+            with one_sample(f"{source.name}{list(locator)}"):
+                sample = source.read(locator, check_files=True)
+                sizes = tuple(_image_size(image) for image in sample.images)
+                # Grids of no token: what is left is text, with the two tokens around each image.
+                empty = [(0, 0)] * len(sizes)
+                length = len(encode_sample(sample.turns, empty, tokenizer, system_prompt=system_prompt))
         except DataError as error:
-            found.append(Measured(name="", locator=locator, error=str(error)))
+            found.append(Measured(name="", locator=locator, error=str(error), kind=error.kind))
         else:
             found.append(Measured(name=sample.key, locator=locator, text_length=length, image_sizes=sizes))
     return found
@@ -140,7 +143,8 @@ def get_index(
         if target.is_dir():  # another process has made it meanwhile
             return load_index(source, target)
         index = _build(source, locators, tokenizer, system_prompt, num_workers)
-        if not writable:
+        # Much that is bad at once is a folder in the wrong place, not the samples: it is looked at again.
+        if not writable or len(index.bad) > _KEPT_BAD * len(locators):
             return index
         _store(index, target)
     return load_index(source, target)
@@ -230,7 +234,9 @@ def _assemble(source: Source, results: list[Measured]) -> SourceIndex:
         image_sizes=np.array([s for r in good for s in r.image_sizes], dtype=np.int32).reshape(-1, 2),
         key_starts=np.cumsum([0, *map(len, keys)], dtype=np.int64),
         keys=np.frombuffer(b"".join(keys), dtype=np.uint8),
-        bad=tuple((f"{source.name}{list(r.locator)}", r.error) for r in results if r.error is not None),
+        bad=tuple(
+            (f"{source.name}{list(r.locator)}", r.error, r.kind) for r in results if r.error is not None
+        ),
     )
 
 
@@ -249,7 +255,9 @@ def load_index(source: Source, folder: Path) -> SourceIndex:
     """Map an index that was stored; DataError when it is damaged."""
     try:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
-        bad = tuple((where, reason) for where, reason in json.loads((folder / "bad.json").read_text("utf-8")))
+        bad = tuple(
+            (w, reason, kind) for w, reason, kind in json.loads((folder / "bad.json").read_text("utf-8"))
+        )
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: damaged index ({error}); delete the folder") from None
     return SourceIndex(source=source, bad=bad, folder=folder, **arrays)

@@ -7,24 +7,27 @@ was killed goes on with the shards that are missing and ends with the same bytes
 import hashlib
 import json
 import multiprocessing
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from laver_mcore.data.errors import DataError
+from laver_mcore.data.errors import DataError, one_sample
 from laver_mcore.data.prepare.energon import write_energon_metadata
 from laver_mcore.data.prepare.record import PreparedSample, prepare_record
 from laver_mcore.data.prepare.transcode import ImageLimits
 from laver_mcore.data.randomness import permutation
 from laver_mcore.data.records.finevision import RatingFilter
+from laver_mcore.data.records.image_reference import ImageFolder
 from laver_mcore.data.records.shards import MANIFEST, ShardSummary, ShardWriter
-from laver_mcore.data.records.sources import JsonSource, ParquetSource
+from laver_mcore.data.records.sources import JsonSource, ParquetSource, parquet_files
 
 Format = Literal["llava", "llava-onevision", "finevision"]
 REJECTS = "rejects.jsonl"
@@ -55,25 +58,33 @@ class _ShardTask:
     options: ConvertOptions
 
 
-def open_corpus(path: Path, image_folder: Path | None, options: ConvertOptions) -> JsonSource | ParquetSource:
+def open_corpus(
+    path: Path, image_folder: Path | None, options: ConvertOptions, *, allow_outside_images: bool = False
+) -> JsonSource | ParquetSource:
     """The set at `path`; DataError when it is not of the wanted format's kind."""
     if options.format == "llava":
-        if path.is_dir() or path.suffix == ".parquet":
+        if path.is_dir() or path.suffix.lower() == ".parquet":
             raise DataError(
                 f"{path}: format 'llava' is a JSON or JSONL file; give the file, or another format"
             )
-        return JsonSource(path, image_folder or path.parent)
-    if path.suffix != ".parquet" and not (path.is_dir() and next(path.rglob("*.parquet"), None)):
+        return JsonSource(path, ImageFolder(image_folder or path.parent, allow_outside_images))
+    if path.suffix.lower() != ".parquet" and not (path.is_dir() and parquet_files(path)):
         raise DataError(f"{path}: format {options.format!r} is a parquet file, or a folder of them")
     return ParquetSource(path, options.ratings)
 
 
 def convert(
-    source: JsonSource | ParquetSource, output: Path, options: ConvertOptions, *, num_workers: int
+    source: JsonSource | ParquetSource,
+    output: Path,
+    options: ConvertOptions,
+    *,
+    num_workers: int,
+    max_bad_fraction: float = 0.1,
 ) -> dict[str, Any]:
     """Write the prepared set to `output` and return its manifest.
 
-    Raises DataError for a folder of another set.
+    Raises DataError for a folder of another set, and when more than `max_bad_fraction` of the records are
+    rejected (those that a filter leaves out not counted); then there is no manifest.
     """
     output.mkdir(parents=True, exist_ok=True)
     progress = output / _PROGRESS
@@ -86,7 +97,27 @@ def convert(
     with tqdm(total=total, initial=done, desc="preparing", unit=" samples", disable=None) as bar:
         for num_samples in _run(missing, num_workers):
             bar.update(num_samples)
-    return _finish(output, progress, tasks, identity, options)
+    reports = [json.loads((progress / f"{task.path.stem}.json").read_text("utf-8")) for task in tasks]
+    rejects = [reject for report in reports for reject in report["rejects"]]
+    lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
+    (output / REJECTS).write_text(lines, encoding="utf-8")
+    _check_rejects(rejects, total, max_bad_fraction, output)
+    return _finish(output, reports, rejects, identity, options)
+
+
+def _check_rejects(
+    rejects: Sequence[dict[str, Any]], total: int, max_bad_fraction: float, output: Path
+) -> None:
+    bad = [reject for reject in rejects if reject["kind"] != "filtered"]
+    if len(bad) > Fraction(str(max_bad_fraction)) * total or len(rejects) == total:
+        raise DataError(
+            f"{(bad or rejects)[0]['reason']} ({len(rejects):,} of {total:,} records are rejected, "
+            f"{_by_kind(rejects)}; max_bad_fraction is {max_bad_fraction:g}; all are in {output / REJECTS})"
+        )
+
+
+def _by_kind(rejects: Sequence[dict[str, Any]]) -> dict[str, int]:
+    return dict(sorted(Counter(reject["kind"] for reject in rejects).items()))
 
 
 def _identity(source: JsonSource | ParquetSource, options: ConvertOptions) -> str:
@@ -153,9 +184,11 @@ def _write_shard(task: _ShardTask) -> int:
     rejects = []
     for position, locator in enumerate(task.locators):
         try:
-            prepared.append((position, prepare_record(task.source, locator, task.options.limits)))
+            with one_sample(f"{task.source.path}, record {list(locator)}"):
+                prepared.append((position, prepare_record(task.source, locator, task.options.limits)))
         except DataError as error:
-            rejects.append({"shard": task.number, "record": list(locator), "reason": str(error)})
+            reject = {"shard": task.number, "record": list(locator), "kind": error.kind, "reason": str(error)}
+            rejects.append(reject)
     writer = ShardWriter(task.path)
     try:
         for place in permutation(len(prepared), "prepare shard", task.options.seed, task.number):
@@ -176,13 +209,13 @@ def _write_shard(task: _ShardTask) -> int:
 
 
 def _finish(
-    output: Path, progress: Path, tasks: Sequence[_ShardTask], identity: str, options: ConvertOptions
+    output: Path,
+    reports: Sequence[dict[str, Any]],
+    rejects: Sequence[dict[str, Any]],
+    identity: str,
+    options: ConvertOptions,
 ) -> dict[str, Any]:
-    reports = [json.loads((progress / f"{task.path.stem}.json").read_text("utf-8")) for task in tasks]
     shards = [ShardSummary(**report["summary"]) for report in reports]
-    rejects = [reject for report in reports for reject in report["rejects"]]
-    lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
-    (output / REJECTS).write_text(lines, encoding="utf-8")
     write_energon_metadata(output, shards)
     manifest = {
         "version": _VERSION,
@@ -191,6 +224,7 @@ def _finish(
         "num_samples": sum(shard.num_samples for shard in shards),
         "num_images": sum(report["num_images"] for report in reports),
         "num_rejects": len(rejects),
+        "rejects_by_kind": _by_kind(rejects),
         "shards": [shard.as_dict() for shard in shards],
     }
     partial = output / f"{MANIFEST}.partial"

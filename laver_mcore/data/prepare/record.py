@@ -9,7 +9,7 @@ from laver_mcore.data.images.source import image_cells, read_image_bytes, read_p
 from laver_mcore.data.prepare.transcode import ImageLimits, PreparedImage, prepare_image
 from laver_mcore.data.records.finevision import RatingFilter, is_finevision, kept_turns, turn_ratings
 from laver_mcore.data.records.sample import Sample, Turn
-from laver_mcore.data.records.sources import JsonSource, ParquetSource
+from laver_mcore.data.records.sources import JsonSource, ParquetSource, image_column
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def prepare_record(
         number, group, row = locator
         columns = read_parquet_row(source.files[number], group, row)
         sample = source.parse(columns, number, group, row)
-        encoded = image_cells(columns.get("images" if "images" in columns else "image"))
+        encoded = image_cells(columns.get(image_column(columns)))
         extra = _extra(columns, source)
     else:
         sample = source.read(locator, check_files=True)

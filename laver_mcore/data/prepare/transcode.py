@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
-from laver_mcore.data.errors import DataError
-from laver_mcore.data.images.decode import DECODE_ERRORS, reason, to_rgb
+from laver_mcore.data.errors import DataError, reason
+from laver_mcore.data.images.decode import DECODE_ERRORS, orientation, to_rgb
 
-_EXIF_ORIENTATION = 0x0112
 _JPEG_QUALITY = 95
 _KEPT_MODES = {"JPEG": ("RGB", "L", "CMYK"), "MPO": ("RGB", "L"), "PNG": ("1", "L", "P", "RGB", "LA", "RGBA")}
 _LOSSY = ("JPEG", "MPO", "AVIF", "WEBP")
@@ -42,9 +41,9 @@ def prepare_image(encoded: bytes, limits: ImageLimits, where: str) -> PreparedIm
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            turned = orientation(image) != 1
             image.load()  # Pillow raises on a truncated file; it does not check a JPEG's entropy-coded bits
             kind, mode = str(image.format), image.mode
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1)
             frames = getattr(image, "n_frames", 1) if kind == "PNG" else 1
             width, height = image.size
             _check_shape(width, height, limits, where)
@@ -54,8 +53,10 @@ def prepare_image(encoded: bytes, limits: ImageLimits, where: str) -> PreparedIm
             image.seek(0)
             picture = ImageOps.exif_transpose(image) if turned else image
             picture = to_rgb(picture)
+    except DataError:
+        raise
     except DECODE_ERRORS as error:
-        raise DataError(f"{where}: cannot be decoded ({reason(error)})") from None
+        raise DataError(f"{where}: cannot be decoded ({reason(error)})", kind="image") from None
     if large:
         scale = (limits.max_pixels / (width * height)) ** 0.5
         size = (max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))
@@ -72,7 +73,8 @@ def prepare_image(encoded: bytes, limits: ImageLimits, where: str) -> PreparedIm
 def _check_shape(width: int, height: int, limits: ImageLimits, where: str) -> None:
     if max(width, height) > limits.max_aspect * min(width, height):
         raise DataError(
-            f"{where}: {width} x {height} pixels is beyond an aspect ratio of {limits.max_aspect:g}"
+            f"{where}: {width} x {height} pixels is beyond an aspect ratio of {limits.max_aspect:g}",
+            kind="image",
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.records.sample import Turn, typed_turn
+from laver_mcore.data.records.values import present
 
 RATINGS = ("relevance", "visual_dependency", "image_correspondence", "formatting")
 
@@ -36,7 +37,7 @@ class RatingFilter:
 
 def is_finevision(record: dict[str, Any]) -> bool:
     """Whether a row is FineVision's."""
-    return "texts" in record
+    return present(record, "texts") is not None
 
 
 def turn_ratings(record: dict[str, Any], turn: int) -> dict[str, int | None]:
@@ -65,10 +66,11 @@ def finevision_turns(
         raise DataError(f"{where}: 'texts' is empty; give at least one {{user, assistant}}")
     kept = kept_turns(record, ratings)
     if not kept:
-        raise DataError(f"{where}: no turn passes the rating filter")
+        raise DataError(f"{where}: no turn passes the rating filter", kind="filtered")
     turns = []
     for position, number in enumerate(kept):
-        user, assistant = texts[number].get("user"), texts[number].get("assistant")
+        turn = texts[number] if isinstance(texts[number], dict) else {}
+        user, assistant = turn.get("user"), turn.get("assistant")
         if not isinstance(user, str) or not isinstance(assistant, str):
             raise DataError(f"{where}: texts[{number}] lacks user or assistant")
         # Typed, because a question may quote "<image>".

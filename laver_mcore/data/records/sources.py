@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from laver_mcore.data.errors import DataError
+from laver_mcore.data.errors import DataError, one_sample, reason
 from laver_mcore.data.images.source import (
     ParquetCell,
     TarMember,
@@ -19,19 +19,13 @@ from laver_mcore.data.images.source import (
     read_parquet_row,
     read_range,
 )
+from laver_mcore.data.records.conversation import parse_record, read_turns, record_name, typed_pieces
 from laver_mcore.data.records.finevision import RatingFilter, behind_images, finevision_turns, is_finevision
-from laver_mcore.data.records.sample import (
-    Sample,
-    Turn,
-    json_records,
-    make_sample,
-    parse_record,
-    record_name,
-    record_turns,
-    typed_pieces,
-    typed_turn,
-)
+from laver_mcore.data.records.image_reference import ImageFolder
+from laver_mcore.data.records.json_file import json_records
+from laver_mcore.data.records.sample import Sample, Turn, make_sample, typed_turn
 from laver_mcore.data.records.shards import MANIFEST, member_offsets, record_offsets
+from laver_mcore.data.records.values import present
 
 
 class Source(Protocol):
@@ -52,8 +46,8 @@ class Source(Protocol):
 class JsonSource:
     """LLaVA / ShareGPT JSON or JSONL; locators are (byte offset, bytes, record number)."""
 
-    def __init__(self, path: Path, image_folder: Path) -> None:
-        self.path, self.image_folder, self.name = path, image_folder, path.name
+    def __init__(self, path: Path, images: ImageFolder) -> None:
+        self.path, self.images, self.name = path, images, path.name
 
     def scan(self) -> Iterator[tuple[int, ...]]:
         for number, (_, _, offset, size) in enumerate(json_records(self.path)):
@@ -67,9 +61,7 @@ class JsonSource:
         except (OSError, ValueError) as error:
             raise DataError(f"{where}: the file has changed since it was indexed ({error})") from None
         key = record_name(record, where, default=f"{self.name}:{number}")
-        return parse_record(
-            record, key=key, image_folder=self.image_folder, where=where, check_files=check_files
-        )
+        return parse_record(record, key=key, images=self.images, where=where, check_files=check_files)
 
     def fingerprint(self) -> str:
         try:
@@ -84,7 +76,7 @@ class ParquetSource:
 
     def __init__(self, path: Path, ratings: RatingFilter | None = None) -> None:
         self.path, self.name, self.ratings = path, path.name, ratings
-        self.files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        self.files = parquet_files(path) if path.is_dir() else [path]
 
     def scan(self) -> Iterator[tuple[int, ...]]:
         for number, file in enumerate(self.files):
@@ -101,17 +93,16 @@ class ParquetSource:
         """One decoded row as a sample whose images stay in the file."""
         file = self.files[number]
         where = f"{file}: row group {group}, row {row}"
-        column = "images" if "images" in record else "image"
-        num_images = len(image_cells(record.get(column)))
-        images = [ParquetCell(file, group, row, column, index) for index in range(num_images)]
-        name = record_name(
-            {"id": record["id"]} if record.get("id") is not None else {}, where, f"{file.stem}:{group}:{row}"
-        )
-        if is_finevision(record):
-            turns = finevision_turns(record, num_images, self.ratings or RatingFilter(), where)
-        else:
-            turns = _with_images(record_turns(record, where), num_images)
-        return make_sample(name, turns, images, where)
+        with one_sample(where):
+            column = image_column(record)
+            num_images = len(image_cells(record.get(column)))
+            images = [ParquetCell(file, group, row, column, index) for index in range(num_images)]
+            name = record_name(record, where, f"{file.stem}:{group}:{row}")
+            if is_finevision(record):
+                turns = finevision_turns(record, num_images, self.ratings or RatingFilter(), where)
+            else:
+                turns = _with_images(read_turns(record, where)[0], num_images)
+            return make_sample(name, turns, images, where)
 
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(repr(self.ratings).encode(), digest_size=16)
@@ -123,6 +114,11 @@ class ParquetSource:
             ).metadata  # row groups' sizes and column statistics: read in one piece
             digest.update(f"{file.name} {file.stat().st_size} {metadata.to_dict()}".encode())
         return digest.hexdigest()
+
+
+def image_column(record: dict[str, Any]) -> str:
+    """The column that holds a row's images."""
+    return "images" if present(record, "images") is not None else "image"
 
 
 def _with_images(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
@@ -166,26 +162,36 @@ class ShardSource:
             )
             return make_sample(record["key"], turns, images, where)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).split("\n")[0]
             raise DataError(
-                f"{where}: not a prepared record ({reason}); run prepare_data.py --check"
+                f"{where}: not a prepared record ({reason(error)}); run prepare_data.py --check"
             ) from None
 
     def fingerprint(self) -> str:
         return hashlib.blake2b(self._manifest_bytes, digest_size=16).hexdigest()
 
 
-def open_source(path: str | Path, image_folder: str | Path, ratings: RatingFilter | None = None) -> Source:
+def open_source(
+    path: str | Path,
+    image_folder: str | Path,
+    ratings: RatingFilter | None = None,
+    *,
+    allow_outside_images: bool = False,
+) -> Source:
     """The source at `path`: prepared shards or parquet files (a folder), a parquet file, or JSON / JSONL."""
     path = Path(path)
     if (path / MANIFEST).is_file():
         return ShardSource(path)
     if path.is_dir():
-        if next(path.rglob("*.parquet"), None) is None:
+        if not parquet_files(path):
             raise DataError(
                 f"{path}: holds neither {MANIFEST} nor *.parquet; give a prepared set, parquet or JSON"
             )
         return ParquetSource(path, ratings)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return ParquetSource(path, ratings)
-    return JsonSource(path, Path(image_folder))
+    return JsonSource(path, ImageFolder(Path(image_folder), allow_outside_images))
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """The parquet files in and below a folder, whatever the case of their suffix."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() == ".parquet")

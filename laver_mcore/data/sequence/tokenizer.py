@@ -96,7 +96,9 @@ class HuggingFaceTokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 str(path), local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (
+            Exception
+        ) as error:  # the tokenizers library raises bare ones for a model that it does not know
             reason = str(error).strip().split("\n")[0]
             raise DataError(f"{path}: transformers cannot load a tokenizer from here ({reason})") from None
         # A fast tokenizer changes its own state to encode; two threads at once fail with "Already borrowed".

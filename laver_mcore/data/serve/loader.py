@@ -58,6 +58,7 @@ class DialogueData:
         source: str | Path | Sequence[str | Path],
         *,
         image_folder: str | Path | None = None,
+        allow_outside_images: bool = False,
         tokenizer: Tokenizer,
         image_processor: ImageProcessor | None,
         targets: TargetSource | None = None,
@@ -84,7 +85,10 @@ class DialogueData:
             raise DataError("the list of data files: holds no records")
         self._image_processor, self._targets, self._num_workers = image_processor, targets, num_workers
         quarantined = Quarantine(quarantine, max_bad_fraction)
-        self._sources = [open_source(path, image_folder or path.parent, ratings) for path in paths]
+        self._sources = [
+            open_source(path, image_folder or path.parent, ratings, allow_outside_images=allow_outside_images)
+            for path in paths
+        ]
         indexes = []
         for path, opened in zip(paths, self._sources, strict=True):
             folder = index_folder or (path if path.is_dir() else path.parent) / FOLDER

@@ -1,13 +1,17 @@
 """Samples that could not be used: listed in quarantine.jsonl, and too many of them stop the run."""
 
 import json
+import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
 from laver_mcore.data.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _GRACE = 8  # failures during a run before the rate is looked at
 
@@ -32,15 +36,22 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self._listed)
 
-    def add_unusable(self, bad: Iterable[tuple[str, str]], total: int) -> None:
-        """List what the index left out; DataError when that is more than the allowed fraction of `total`."""
+    def add_unusable(self, bad: Iterable[tuple[str, str, str]], total: int) -> None:
+        """List what the index left out, (where, reason, kind) each, and log how many of each kind.
+
+        DataError when they are more than the allowed fraction of `total`.
+        """
         found = list(bad)
         if len(found) > self._share * total:  # the run has not begun: it leaves nothing behind
             raise DataError(self._too_many(found[0][1], len(found), total))
         # Every rank reads the same index; torchrun's first one lists what it left out.
         write = os.environ.get("RANK", "0") == "0"
-        for where, reason in found:
+        for where, reason, _ in found:
             self._list(where, reason, write)
+        if found and write:
+            kinds = Counter(kind for _, _, kind in found)
+            counts = ", ".join(f"{number} by {kind}" for kind, number in sorted(kinds.items()))
+            logger.warning("left out %d of %d samples: %s", len(found), total, counts)
 
     def add_failure(self, key: str, reason: str, *, write: bool) -> None:
         """Count a sample that failed during the run, on whatever rank; the one that found it writes it down."""

@@ -3,7 +3,7 @@
 import io
 
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 
 from laver_mcore.data.images.decode import to_rgb
 from laver_mcore.data.images.native import NativeImageProcessor
@@ -77,5 +77,6 @@ def reference_pixels(name, data):
     kind = config["image_processor_type"]
     processor = getattr(transformers, f"{kind}Pil").from_dict(config)
     with Image.open(io.BytesIO(data)) as image:
-        picture = to_rgb(image) if image.mode.startswith("I") else image.copy()
+        shown = ImageOps.exif_transpose(image)
+        picture = to_rgb(shown) if image.mode.startswith("I") else shown
     return processor([picture], return_tensors="pt")["pixel_values"]

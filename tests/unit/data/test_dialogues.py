@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from laver_mcore.data.images.processors import PatchImageProcessor
-from laver_mcore.data.records.sample import load_records
+from laver_mcore.data.records.conversation import load_records
 from laver_mcore.data.sequence.prompt import DEFAULT_SYSTEM_PROMPT, encode_sample
 from laver_mcore.data.serve.loader import DialogueData
 

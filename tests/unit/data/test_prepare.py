@@ -73,7 +73,7 @@ def test_what_readers_disagree_about_is_written_anew(name, extension):
     ours = decode_image(prepared.data, name)
     assert ours.size == (prepared.width, prepared.height)
     with Image.open(io.BytesIO(data)) as image:
-        expected = np.asarray(ImageOps.exif_transpose(decode_image(data, name)))
+        expected = np.asarray(decode_image(data, name))
         if name == "exif.jpg":
             assert ours.size == (image.height, image.width)
             expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

@@ -34,7 +34,7 @@ RUN = {
 
 
 def bad(num, name="record"):
-    return [(f"{name} {n}", "cannot be decoded") for n in range(num)]
+    return [(f"{name} {n}", "cannot be decoded", "image") for n in range(num)]
 
 
 @pytest.mark.parametrize(("fraction", "num_bad", "total", "refused"), INDEX.values(), ids=INDEX)
@@ -54,7 +54,7 @@ def test_failures_during_a_run(fraction, unusable, num_bad, seen, stops):
     quarantine = Quarantine(None, fraction)
     quarantine.add_unusable(bad(unusable), 1000)
     quarantine.saw(seen)
-    for key, reason in bad(num_bad, "sample"):
+    for key, reason, _ in bad(num_bad, "sample"):
         quarantine.add_failure(key, reason, write=True)
     if stops:
         with pytest.raises(DataError, match=f"{num_bad} of {seen} samples are bad"):
@@ -78,7 +78,7 @@ def test_samples_are_counted_over_all_steps():
     quarantine = Quarantine(None, 0.1)
     for step in range(3):
         quarantine.saw(30)
-        for key, reason in bad(3, f"step {step}, sample"):
+        for key, reason, _ in bad(3, f"step {step}, sample"):
             quarantine.add_failure(key, reason, write=False)
         quarantine.check()  # 9 of 90 in the end
 

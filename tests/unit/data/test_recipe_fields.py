@@ -82,6 +82,7 @@ WIRING = {
     "--max-bad-fraction 0.25": ("max_bad_fraction", 0.25),
     "--image-backend torch_uint8": ("image_backend", "torch_uint8"),
     "--image-folder pictures": ("image_folder", "pictures"),
+    "--allow-outside-images": ("allow_outside_images", True),
     "--index-folder indexes": ("index_folder", Path("indexes")),
     "--system-prompt Hello.": ("system_prompt", "Hello."),
     "--save runs/x": ("quarantine", Path("runs/x/quarantine.jsonl")),

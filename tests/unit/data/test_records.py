@@ -5,7 +5,8 @@ import json
 import pytest
 
 from laver_mcore.data.errors import DataError
-from laver_mcore.data.records.sample import Turn, load_records, typed_pieces
+from laver_mcore.data.records.conversation import load_records, typed_pieces
+from laver_mcore.data.records.sample import Turn
 
 HUMAN = {"from": "human", "value": "<image>\nwhat?"}
 GPT = {"from": "gpt", "value": "a cat"}
@@ -170,7 +171,7 @@ REFUSED = {
     ),
     "unknown part": (
         "data.json",
-        change(conversations=[{"from": "human", "value": [{"type": "audio"}]}, GPT]),
+        change(conversations=[{"from": "human", "value": [{"type": "table"}]}, GPT]),
         "a content part must be",
     ),
     "image is a number": ("data.json", change(image=3), "'image' must be a file name"),

@@ -9,8 +9,9 @@ from corpora import encode, picture, write_finevision, write_llava, write_onevis
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images.decode import open_image
 from laver_mcore.data.images.source import read_image_bytes
+from laver_mcore.data.records.conversation import load_records
 from laver_mcore.data.records.finevision import RatingFilter
-from laver_mcore.data.records.sample import IMAGE_PLACEHOLDER, Turn, load_records, typed_turn
+from laver_mcore.data.records.sample import IMAGE_PLACEHOLDER, Turn, typed_turn
 from laver_mcore.data.records.sources import open_source
 
 TEXTS = ["naïve ünïcode 漢字 🙂", 'quotes " and \\ backslash', "line\u2028separator"]

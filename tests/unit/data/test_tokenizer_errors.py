@@ -1,5 +1,8 @@
 """Tokenizers that cannot be used, named in one line."""
 
+import json
+import shutil
+
 import pytest
 
 from laver_mcore.data.errors import DataError
@@ -57,4 +60,15 @@ def test_no_tokenizer(kind, tmp_path):
         path.write_text("no tokenizer")
     with pytest.raises(DataError, match=path.name) as caught:
         load_tokenizer(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_type_that_the_library_does_not_know(hugging_face_path, tmp_path):
+    shutil.copytree(hugging_face_path, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["type"] = "Unheard"
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="cannot load a tokenizer from here") as caught:
+        load_tokenizer(tmp_path / "other")
     assert "\n" not in str(caught.value)

@@ -12,7 +12,7 @@ from sample_run import WORDS, write_tokenizer
 from laver_mcore import generate as generation
 from laver_mcore.config.schema import Config, DataConfig
 from laver_mcore.data.images.processors import PatchImageProcessor
-from laver_mcore.data.records.sample import load_records
+from laver_mcore.data.records.conversation import load_records
 from laver_mcore.data.sequence.tokenizer import load_tokenizer
 from laver_mcore.demo.results import digit_accuracy
 from laver_mcore.validation.answers import Reader, answer, questions_of

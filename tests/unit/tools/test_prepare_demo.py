@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 from PIL import Image
 
-from laver_mcore.data.records.sample import load_records
+from laver_mcore.data.records.conversation import load_records
 from laver_mcore.data.sequence.prompt import encode_sample
 from laver_mcore.data.sequence.tokenizer import load_tokenizer
 from laver_mcore.demo import conversations
