@@ -6,6 +6,7 @@ DIR/iter_0000100/checksums.json          size and BLAKE2b of every file, written
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,25 @@ def checksum(file: Path) -> dict[str, Any]:
 
 def seal(folder: Path) -> None:
     """Write the checksums of a finished folder, the ranks sharing its files out; all ranks take part."""
-    gathered = _gather({name: checksum(folder / name) for name in _mine(files_of(folder))})
+    mine = {name: checksum(folder / name) for name in _mine(files_of(folder))}
+    for name in mine:
+        _on_disk(folder / name)
+    gathered = _gather(mine)
     if _rank() == 0:
         whole = {name: found for part in gathered for name, found in part.items()}
         text = json.dumps({"files": dict(sorted(whole.items()))}, indent=1)
         (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
+        _on_disk(folder / CHECKSUMS)
+        _on_disk(folder)
+
+
+def _on_disk(path: Path) -> None:
+    """Wait until a file or folder would survive a power cut."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def first_fault(folder: Path, *, verify: bool = True) -> str | None:
@@ -52,6 +67,15 @@ def first_fault(folder: Path, *, verify: bool = True) -> str | None:
     except CheckpointError as error:
         fault = str(error)
     return next((found for found in _gather(fault) if found), None)
+
+
+def looks_whole(folder: Path) -> bool:
+    """Whether all files are there with their sizes, as this process sees it; no checksum is computed."""
+    try:
+        wanted = _wanted(folder)
+    except CheckpointError:
+        return False
+    return all(_fault(folder / name, (wanted or {}).get(name), False) is None for name in wanted or _NEEDED)
 
 
 def _wanted(folder: Path) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from laver_mcore.megatron.checkpoints import TRACKER, SaveError, checkpoint_folder, reason_of
-from laver_mcore.megatron.intact import saved_iterations
+from laver_mcore.megatron.intact import looks_whole, saved_iterations
 from laver_mcore.processes import end_with_parent
 
 _SPARE = 1.05
@@ -99,19 +99,28 @@ def publish(aside: Path, folder: Path) -> None:
     """Give a finished checkpoint its name, and point the tracker at it; rank 0 does."""
     if dist.get_rank() != 0:
         return
-    shutil.rmtree(folder, ignore_errors=True)  # the same iteration, saved before
+    before = folder.with_name(f"{folder.name}.replaced")  # the same iteration, saved before
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        folder.replace(before)
     aside.replace(folder)
+    shutil.rmtree(before, ignore_errors=True)
     tracker = folder.parent / TRACKER
     partial = tracker.with_suffix(".tmp")
     partial.write_text(str(int(folder.name.removeprefix("iter_"))), encoding="utf-8")
     partial.replace(tracker)
 
 
-def prune(directory: str | Path, *, keep_last: int | None, keep_every: int | None) -> None:
-    """Delete old checkpoints: all but the `keep_last` newest and those divisible by `keep_every`; rank 0 does."""
+def prune(directory: str | Path, newest: int, *, keep_last: int | None, keep_every: int | None) -> None:
+    """Delete old checkpoints: all but the `keep_last` newest and those divisible by `keep_every`; rank 0 does.
+
+    `newest` is the one that was just saved. What a fall-back has left behind, damaged or of later iterations, neither
+    counts nor is deleted.
+    """
     if keep_last is None or dist.get_rank() != 0:
         return
-    for iteration in saved_iterations(directory)[keep_last:]:
+    older = [i for i in saved_iterations(directory) if i <= newest]
+    for iteration in [i for i in older if looks_whole(checkpoint_folder(directory, i))][keep_last:]:
         if keep_every is None or iteration % keep_every:
             folder = checkpoint_folder(directory, iteration)
             doomed = folder.with_name(f"{folder.name}.deleted")  # never half a checkpoint under its own name

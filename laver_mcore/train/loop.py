@@ -237,4 +237,4 @@ def _save(engine: Engine, state: RunState, fingerprint: str, just_skipped: int, 
         if engine.topology.is_last_rank:
             print(f"{error}; going on, the next save is tried", flush=True)
         return
-    prune(run.save, keep_last=run.keep_last, keep_every=run.keep_every)
+    prune(run.save, state.progress.iteration, keep_last=run.keep_last, keep_every=run.keep_every)

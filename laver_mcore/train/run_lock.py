@@ -1,7 +1,7 @@
 """One run at a time in a folder: a lock that network filesystems keep and that a crash does not leave shut.
 
-The lock is a file that only one process can create (`O_EXCL`, which NFS keeps where `flock` is not to be had). It names
-its owner, who touches it every few seconds: on the owner's machine a dead owner is seen at once, elsewhere by a lock
+The lock is a file that only one process can make (by a link, which works on NFS, where `flock` may not). It names its
+owner, who touches it every few seconds: on the owner's machine a dead owner is seen at once, elsewhere by a lock
 that has not been touched for a while.
 """
 
@@ -37,18 +37,21 @@ class RunLock:
             if self._create():
                 threading.Thread(target=self._touch, name="run-lock", daemon=True).start()
                 return self
-            owner = _read(self._file)
+            text = _text(self._file)
+            if text is None:
+                continue  # its owner has just left
+            owner = _owner(text)
             if owner is not None and _lives(owner, self._file):
                 raise ConfigError(
                     f"{self._file.parent} is being written by process {owner.get('pid')} on {owner.get('host')} "
                     f"since {owner.get('since')}; wait for it, or choose another --save"
                 )
-            self._break(owner)
+            self._break(text)
         raise ConfigError(f"{self._file}: cannot be taken; choose another --save")
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        if _read(self._file) == self._mine:
+        if _owner(_text(self._file) or "") == self._mine:
             with contextlib.suppress(OSError):
                 self._file.unlink()
 
@@ -59,19 +62,22 @@ class RunLock:
             "started": _started(os.getpid()),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
+        # A link, so that the lock is there with its owner's name in it or not at all.
+        aside = self._file.with_name(f".{NAME}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
         try:
-            opened = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            aside.write_text(json.dumps(self._mine), encoding="utf-8")
+            os.link(aside, self._file)
         except FileExistsError:
             return False
         except OSError as error:
             raise ConfigError(
                 f"{self._file}: cannot be written ({error.strerror}); choose another --save"
             ) from None
-        with os.fdopen(opened, "w", encoding="utf-8") as file:
-            json.dump(self._mine, file)
+        finally:
+            aside.unlink(missing_ok=True)
         return True
 
-    def _break(self, owner: dict[str, Any] | None) -> None:
+    def _break(self, text: str) -> None:
         """Take a dead owner's lock away; one process at a time may, so that it is not a new owner's by then."""
         breaking = self._file.with_name(f".{NAME}.breaking")
         with contextlib.suppress(OSError):
@@ -83,7 +89,7 @@ class RunLock:
             time.sleep(0.05)
             return
         with contextlib.suppress(OSError):
-            if _read(self._file) == owner:
+            if _text(self._file) == text:
                 self._file.unlink()
         breaking.unlink(missing_ok=True)
 
@@ -93,13 +99,21 @@ class RunLock:
                 os.utime(self._file)
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """Who owns it; None where it is gone, or nobody's: cut short while it was written."""
+def _text(file: Path) -> str | None:
+    """What stands in it; None where it is gone."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else None
-    except (OSError, ValueError):
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return None
+
+
+def _owner(text: str) -> dict[str, Any] | None:
+    """Who owns it; None where that is not to be read."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _lives(owner: dict[str, Any], file: Path) -> bool:

@@ -19,7 +19,7 @@ from laver_mcore.config.load import parse
 from laver_mcore.convert.distributed_checkpoint import CheckpointReader
 from laver_mcore.megatron import parallel, publishing
 from laver_mcore.megatron.checkpoints import CheckpointError, SaveError
-from laver_mcore.megatron.intact import candidates, first_fault, newest_intact, saved_iterations
+from laver_mcore.megatron.intact import candidates, first_fault, newest_intact, saved_iterations, seal
 from laver_mcore.megatron.publishing import prune
 from laver_mcore.megatron.unpickling import nothing_runs
 from laver_mcore.train import checkpoint, saved_weights
@@ -321,10 +321,35 @@ def test_weights_that_are_not_finite_are_not_saved(run, engine):
 )
 def test_old_checkpoints_are_deleted(tmp_path, engine, keep, left):
     for iteration in range(1, 6):
-        (tmp_path / f"iter_{iteration:07d}").mkdir()
-    prune(tmp_path, keep_last=keep[0], keep_every=keep[1])
+        stand_in(tmp_path, iteration)
+    prune(tmp_path, 5, keep_last=keep[0], keep_every=keep[1])
     assert saved_iterations(tmp_path) == left
     assert len(list(tmp_path.iterdir())) == len(left)
+
+
+def stand_in(directory, iteration):
+    folder = directory / f"iter_{iteration:07d}"
+    folder.mkdir()
+    for name in (".metadata", "common.pt", "metadata.json"):
+        (folder / name).write_text(f"{name} of {iteration}")
+    seal(folder)
+    return folder
+
+
+def test_after_a_fall_back_the_only_whole_checkpoint_is_kept(tmp_path, engine):
+    """8 and 6 are damaged, the run goes on from 4 and saves 6 again: nothing but 4 may be deleted."""
+    for iteration in (4, 6, 8):
+        stand_in(tmp_path, iteration)
+    (tmp_path / "iter_0000006" / "common.pt").write_text("")
+    (tmp_path / "iter_0000008" / "common.pt").write_text("")
+    prune(tmp_path, 4, keep_last=1, keep_every=None)
+    assert saved_iterations(tmp_path) == [8, 6, 4]
+    shutil.rmtree(tmp_path / "iter_0000006")
+    stand_in(tmp_path, 6)
+    (tmp_path / TRACKER).write_text("6")
+    prune(tmp_path, 6, keep_last=1, keep_every=None)
+    assert saved_iterations(tmp_path) == [8, 6]
+    assert newest_intact(tmp_path)[0].name == "iter_0000006"
 
 
 def test_common_state_is_no_archive_of_code(pristine):

@@ -17,27 +17,30 @@ FLAGS = (
 def test_every_flag_arrives(monkeypatch, capsys):
     seen = {}
 
-    def open_corpus(*arguments):
+    def open_corpus(*arguments, allow_outside_images):
         seen["opened"] = arguments
+        assert not allow_outside_images
         return "source"
 
     def convert(*arguments, **more):
         seen["converted"] = (*arguments, more)
-        return dict(num_samples=1200, num_images=34, shards=[1, 2], num_rejects=5)
+        return dict(
+            num_samples=1200, num_images=34, shards=[1, 2], num_rejects=5, rejects_by_kind={"video": 5}
+        )
 
     monkeypatch.setattr(prepare_data, "open_corpus", open_corpus)
     monkeypatch.setattr(prepare_data, "convert", convert)
     assert prepare_data.main(FLAGS.split()) == 0
     source, folder, options = seen["opened"]
     assert (source, folder) == (Path("in.json"), Path("pictures"))
-    assert seen["converted"] == ("source", Path("out"), options, dict(num_workers=3))
+    assert seen["converted"] == ("source", Path("out"), options, dict(num_workers=3, max_bad_fraction=0.1))
     assert (options.format, options.seed, options.samples_per_shard) == ("finevision", 5, 4)
     assert (options.limits.max_pixels, options.limits.max_aspect) == (600, 7)
     ratings = options.ratings
     kept = (ratings.relevance, ratings.visual_dependency, ratings.image_correspondence, ratings.formatting)
     assert kept == (1, 2, 3, 4)
     said = capsys.readouterr().out
-    assert said.startswith("1,200 samples with 34 images in 2 shards; 5 rejected (out")
+    assert said.startswith("1,200 samples with 34 images in 2 shards; 5 rejected: 5 video (out")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def test_check(monkeypatch, capsys, problems, status):
 
 
 def test_bad_data_are_one_line(monkeypatch, capsys):
-    def open_corpus(*_):
+    def open_corpus(*_, **__):
         raise DataError("in.json: no such file")
 
     monkeypatch.setattr(prepare_data, "open_corpus", open_corpus)
