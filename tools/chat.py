@@ -6,6 +6,7 @@ without images); its own code runs, so use directories that you trust.
 """
 
 import argparse
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +24,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python files of an exported model's directory",
+    )
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens {args.max_new_tokens} is not at least 1")
@@ -37,7 +43,7 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore")
     try:
         images = [open_image(path) for path in args.image]
-        model, processor = load(args.model, args.device)
+        model, processor = load(args.model, args.device, trust=args.trust_remote_code)
     except (OSError, ValueError) as error:
         print(f"chat.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
@@ -88,8 +94,8 @@ def open_image(path: str) -> Any:
         raise ValueError(f"{path}: not an image that can be decoded") from None
 
 
-def load(path: str, device: str) -> tuple[Any, Any]:
-    """Model and processor of a local directory."""
+def load(path: str, device: str, *, trust: bool) -> tuple[Any, Any]:
+    """Model and processor of a local directory; its own code runs where that is trusted."""
     import torch
     from transformers import AutoModelForCausalLM, AutoProcessor
     from transformers.utils import logging
@@ -98,12 +104,14 @@ def load(path: str, device: str) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path} has no config.json; give a directory that mcore_to_hf.py wrote")
+    if not trust and "auto_map" in json.loads((Path(path) / "config.json").read_text(encoding="utf-8")):
+        raise ValueError(f"{path} brings Python code of its own; read it and give --trust-remote-code")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", trust_remote_code=True, local_files_only=True
+        path, dtype="auto", trust_remote_code=trust, local_files_only=True
     )
-    processor = AutoProcessor.from_pretrained(path, trust_remote_code=True, local_files_only=True)
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust, local_files_only=True)
     return model.to(device).eval(), processor
 
 

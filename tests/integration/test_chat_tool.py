@@ -10,6 +10,8 @@ from integration.harness import Scenario, run_scenarios
 from laver_mcore.convert.export import export_run
 from tools.chat import main
 
+TRUSTED = ("--trust-remote-code", "--model")
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
@@ -23,7 +25,16 @@ def exported(tmp_path_factory):
 
 def test_answer_about_two_images(exported, capsys):
     images = [part for name in ("000_0.png", "001_0.png") for part in ("--image", str(exported / name))]
-    argv = ["--model", str(exported / "hf"), *images, "--prompt", "red green", "--max-new-tokens", "5"]
+    argv = [
+        "--trust-remote-code",
+        "--model",
+        str(exported / "hf"),
+        *images,
+        "--prompt",
+        "red green",
+        "--max-new-tokens",
+        "5",
+    ]
     assert main(argv) == 0
     first = capsys.readouterr().out
     assert main(argv) == 0
@@ -33,7 +44,15 @@ def test_answer_about_two_images(exported, capsys):
 
 def test_conversation_keeps_its_images(exported, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("red\nblue\n"))
-    argv = ["--model", str(exported / "hf"), "--image", str(exported / "000_0.png"), "--max-new-tokens", "3"]
+    argv = [
+        "--trust-remote-code",
+        "--model",
+        str(exported / "hf"),
+        "--image",
+        str(exported / "000_0.png"),
+        "--max-new-tokens",
+        "3",
+    ]
     assert main(argv) == 0
     assert capsys.readouterr().out.count("\n") >= 2
 
@@ -44,8 +63,9 @@ def test_conversation_keeps_its_images(exported, capsys, monkeypatch):
         (["--model", "{d}/nowhere", "--prompt", "a"], "has no config.json"),
         (["--model", "{d}/hf", "--prompt", "a", "--image", "{d}/none.png"], "no such file"),
         (["--model", "{d}/hf", "--prompt", "a", "--image", "{d}/recipe.yaml"], "not an image"),
+        (["--model", "{d}/hf", "--prompt", "a"], "brings Python code of its own; read it"),
     ],
-    ids=["no model", "no image", "not an image"],
+    ids=["no model", "no image", "not an image", "its own code"],
 )
 def test_bad_input_is_one_line(exported, capsys, argv, message):
     assert main([part.format(d=exported) for part in argv]) == 2
@@ -56,5 +76,13 @@ def test_bad_input_is_one_line(exported, capsys, argv, message):
 
 def test_images_of_any_mode(exported, tmp_path, capsys):
     Image.new("RGBA", (9, 20), (0, 0, 0, 0)).save(tmp_path / "a.png")
-    argv = ["--model", str(exported / "hf"), "--image", str(tmp_path / "a.png"), "--prompt", "red"]
+    argv = [
+        "--trust-remote-code",
+        "--model",
+        str(exported / "hf"),
+        "--image",
+        str(tmp_path / "a.png"),
+        "--prompt",
+        "red",
+    ]
     assert main([*argv, "--max-new-tokens", "2"]) == 0

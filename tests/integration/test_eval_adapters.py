@@ -89,7 +89,9 @@ def task_utils(monkeypatch, directory):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_lmms_eval_answers_a_local_task(directory, frameworks, task_utils, batch_size, leading):
     adapter = importlib.import_module("laver_eval.lmms_adapter")
-    model = adapter.Laver(pretrained=str(directory / "hf"), device="cpu", batch_size=batch_size)
+    model = adapter.Laver(
+        pretrained=str(directory / "hf"), device="cpu", trust_remote_code=True, batch_size=batch_size
+    )
     docs = [doc for doc in json.loads((directory / "train.json").read_text()) if "image" in doc]
     model.task_dict = {"laver_demo": {"test": docs}}
     requests = [
@@ -108,7 +110,7 @@ def test_lmms_eval_answers_a_local_task(directory, frameworks, task_utils, batch
     assert model.device == torch.device("cpu")  # lmms-eval under several processes asks for it
     answers = model.generate_until(requests)
     assert len(answers) == len(docs)
-    single = adapter.Laver(pretrained=str(directory / "hf"), device="cpu")
+    single = adapter.Laver(pretrained=str(directory / "hf"), device="cpu", trust_remote_code=True)
     single.task_dict = model.task_dict
     assert [single.generate_until([request])[0] for request in requests] == answers
     for doc, answer in zip(docs, answers, strict=True):
@@ -120,7 +122,7 @@ def test_lmms_eval_answers_a_local_task(directory, frameworks, task_utils, batch
 
 def test_log_likelihood_is_that_of_the_whole_text(directory, frameworks, task_utils):
     adapter = importlib.import_module("laver_eval.lmms_adapter")
-    model = adapter.Laver(pretrained=str(directory / "hf"), device="cpu")
+    model = adapter.Laver(pretrained=str(directory / "hf"), device="cpu", trust_remote_code=True)
     doc = next(doc for doc in json.loads((directory / "train.json").read_text()) if "image" in doc)
     model.task_dict = {"t": {"test": [doc]}}
     question, page = task_utils.doc_to_text(doc), task_utils.doc_to_visual(doc)
@@ -144,7 +146,7 @@ def test_log_likelihood_is_that_of_the_whole_text(directory, frameworks, task_ut
 
 def test_vlmevalkit_answers_interleaved_messages(directory, frameworks, tmp_path):
     adapter = importlib.import_module("laver_eval.vlmevalkit_adapter")
-    model = adapter.Laver(str(directory / "hf"), device="cpu", max_new_tokens=4)
+    model = adapter.Laver(str(directory / "hf"), device="cpu", trust_remote_code=True, max_new_tokens=4)
     Image.new("RGB", (20, 10), "red").save(tmp_path / "a.png")
     image = {"type": "image", "value": str(tmp_path / "a.png")}
     message = [image, {"type": "text", "value": "red"}, image, {"type": "text", "value": "green"}]
@@ -154,7 +156,7 @@ def test_vlmevalkit_answers_interleaved_messages(directory, frameworks, tmp_path
 def test_unknown_model_argument_is_refused(directory, frameworks):
     adapter = importlib.import_module("laver_eval.lmms_adapter")
     with pytest.raises(ValueError, match="unknown model_args"):
-        adapter.Laver(pretrained=str(directory / "hf"), device="cpu", max_frames=3)
+        adapter.Laver(pretrained=str(directory / "hf"), device="cpu", trust_remote_code=True, max_frames=3)
 
 
 def test_manifest_and_task_name_things_that_exist(frameworks, task_utils):
@@ -188,7 +190,12 @@ def test_lmms_eval_itself_runs_the_task(directory, tmp_path):
     environment = os.environ | {"LAVER_DEMO": str(directory), "PYTHONPATH": path}
     environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lmms_eval", "--model", "laver", "--tasks", "laver_demo"]
-    command += ["--model_args", f"pretrained={directory / 'hf'},device=cpu", "--batch_size", "3"]
+    command += [
+        "--model_args",
+        f"pretrained={directory / 'hf'},device=cpu,trust_remote_code=True",
+        "--batch_size",
+        "3",
+    ]
     command += ["--include_path", str(EVAL / "tasks"), "--output_path", "out"]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     (results,) = (tmp_path / "out").rglob("*_results.json")

@@ -1,6 +1,8 @@
 """An exported model that answers chat messages: what both evaluation frameworks need of it."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +13,18 @@ Messages = list[dict[str, Any]]
 
 
 class AnsweringModel:
-    """Loads a directory that `mcore_to_hf.py` wrote; its own code runs, so use directories that you trust."""
+    """Loads a directory that `mcore_to_hf.py` wrote; ValueError for one with code of its own that is not trusted."""
 
-    def __init__(self, path: str, *, device: str = "cuda", dtype: str = "auto") -> None:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=True)
+    def __init__(
+        self, path: str, *, device: str = "cuda", dtype: str = "auto", trust_remote_code: bool = False
+    ) -> None:
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        if "auto_map" in config and not trust_remote_code:
+            raise ValueError(f"{path} brings Python code of its own; read it and set trust_remote_code=True")
+        kind: dict[str, Any] = dict(trust_remote_code=trust_remote_code, local_files_only=True)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kind)
         self.model = model.to(device).eval()
-        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        self.processor = AutoProcessor.from_pretrained(path, **kind)
         self.tokenizer = self.processor.tokenizer
 
     def answer(

@@ -27,17 +27,21 @@ class Laver(lmms):
         device: str = "cuda",
         batch_size: int | str = 1,
         dtype: str = "auto",
+        trust_remote_code: bool | str = False,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         if kwargs:
             raise ValueError(
-                f"unknown model_args {sorted(kwargs)}; use pretrained, device, batch_size, dtype"
+                f"unknown model_args {sorted(kwargs)}; use pretrained, device, batch_size, dtype, "
+                "trust_remote_code"
             )
         self.batch_size_per_gpu = int(batch_size)
         if device == "cuda" and "LOCAL_RANK" in os.environ:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.answering = AnsweringModel(pretrained, device=device, dtype=dtype)
+        self.answering = AnsweringModel(
+            pretrained, device=device, dtype=dtype, trust_remote_code=str(trust_remote_code) == "True"
+        )
 
     @property
     def device(self) -> torch.device:

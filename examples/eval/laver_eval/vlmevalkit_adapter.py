@@ -16,8 +16,15 @@ class Laver(BaseModel):
     INSTALL_REQ = False
     INTERLEAVE = True
 
-    def __init__(self, model_path: str, device: str = "cuda", max_new_tokens: int = 512, **_: Any) -> None:
-        self.answering = AnsweringModel(model_path, device=device)
+    def __init__(
+        self,
+        model_path: str,
+        device: str = "cuda",
+        max_new_tokens: int = 512,
+        trust_remote_code: bool = False,
+        **_: Any,
+    ) -> None:
+        self.answering = AnsweringModel(model_path, device=device, trust_remote_code=trust_remote_code)
         self.max_new_tokens = max_new_tokens
 
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
