@@ -72,13 +72,9 @@ def check_save_folder(config: Config) -> None:
     directory = Path(config.run.save)
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"save={directory} is a file; choose a folder")
-    recipe = directory / "config.yaml"
-    if not recipe.is_file() and not candidates(directory):
+    if not (directory / "config.yaml").is_file() and not candidates(directory):
         return
-    difference = None
-    if recipe.is_file():
-        old = with_todays_keys(yaml.safe_load(recipe.read_text(encoding="utf-8")), recipe)
-        difference = first_difference(old, yaml.safe_load(to_yaml(config)))
+    difference = _difference(directory, config)
     if difference is not None:
         raise ConfigError(
             f"{directory} holds a run of another recipe ({difference}); choose another --save folder"
@@ -86,6 +82,27 @@ def check_save_folder(config: Config) -> None:
     if config.run.load is None or Path(config.run.load).resolve() != directory.resolve():
         raise ConfigError(
             f"{directory} already holds a run; resume it with --load {directory}, or choose another --save"
+        )
+
+
+def _difference(directory: Path, config: Config) -> str | None:
+    """How the recipe of the run in a folder differs beyond what a resume may change, if there is one."""
+    recipe = directory / "config.yaml"
+    if not recipe.is_file():
+        return None
+    old = with_todays_keys(yaml.safe_load(recipe.read_text(encoding="utf-8")), recipe)
+    return first_difference(old, yaml.safe_load(to_yaml(config)))
+
+
+def check_load_folder(config: Config) -> None:
+    """Refuse to resume a run with another recipe, wherever it goes on."""
+    if config.run.load is None or not candidates(config.run.load):
+        return
+    difference = _difference(Path(config.run.load), config)
+    if difference is not None:
+        raise ConfigError(
+            f"load={config.run.load} is a run of another recipe ({difference}); to start anew from its weights use "
+            "--pretrained-checkpoint"
         )
 
 
@@ -151,6 +168,7 @@ def train_run(config: Config, device: torch.device) -> Engine:
     check_world(config, dist.get_world_size())
     check_machine(config, device)
     check_save_folder(config)
+    check_load_folder(config)
     tokenizer = build_tokenizer(config)
     data = build_data(config, tokenizer, device)
     held_out = build_held_out(config, tokenizer, device)
@@ -159,6 +177,11 @@ def train_run(config: Config, device: torch.device) -> Engine:
     validation = None if held_out is None else held_out.validator(engine, data.fingerprint())
     progress = _resume(engine, config, data.fingerprint())
     progress = skip_ahead(progress, config)
+    if progress.iteration > config.train.train_iters:
+        raise ConfigError(
+            f"load={config.run.load} stands at iteration {progress.iteration}, past train_iters="
+            f"{config.train.train_iters}; raise train_iters"
+        )
     dist.barrier()  # nobody writes before everybody has looked
     with _locked(config, topology.rank):
         _announce(engine, str(decide(config.train.kernels, device)), len(data.samples), report)

@@ -160,3 +160,43 @@ def test_steps_that_are_not_finite_stop_the_run_and_leave_its_checkpoints(data_d
     assert int((run / "latest_checkpointed_iteration.txt").read_text()) == 4
     listed = (run / "skipped.jsonl").read_text().splitlines()
     assert len(listed) == skipped[-1]
+
+
+def test_a_resume_is_held_to_the_run_that_it_loads(data_directory, tmp_path):
+    """Its recipe counts wherever the resumed run is saved, and there must be something left to train."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    base = [
+        sys.executable,
+        "pretrain_laver.py",
+        "--config",
+        str(data_directory / "recipe.yaml"),
+        "--no-tensorboard",
+    ]
+
+    def end(*flags):
+        return subprocess.run(
+            [*base, *flags],
+            cwd=REPOSITORY,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+
+    assert end("--save", str(first), "--train-iters", "3").returncode == 0
+    for flags, message in (
+        (
+            ("--lr", "0.5", "--save", str(second)),
+            "is a run of another recipe (optimizer.lr was 0.001, now 0.5)",
+        ),
+        (("--lr", "0.5"), "is a run of another recipe (optimizer.lr was 0.001, now 0.5)"),
+        (("--train-iters", "2"), "stands at iteration 3, past train_iters=2"),
+    ):
+        done = end("--load", str(first), *flags)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr[-2000:]
+        )
+    assert not second.exists()
+    again = end("--load", str(first), "--save", str(first), "--train-iters", "3")  # as a scheduler may
+    assert again.returncode == 0 and len(read_metrics(first)) == 3

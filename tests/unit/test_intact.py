@@ -26,6 +26,7 @@ from laver_mcore.train import checkpoint, saved_weights
 from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
 from laver_mcore.train.checkpoint import Progress
 from laver_mcore.train.step import train_step
+from tools import inspect_checkpoint
 
 DATA = "these data"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -357,3 +358,19 @@ def test_common_state_is_no_archive_of_code(pristine):
     with zipfile.ZipFile(pristine / "iter_0000004" / "common.pt") as archive:
         (name,) = [n for n in archive.namelist() if n.endswith("data.pkl")]
         assert b"__main__" not in archive.read(name)
+
+
+def test_the_tool_says_what_is_there_and_what_is_damaged(run, capsys):
+    assert inspect_checkpoint.main([str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "2 checkpoints, 4 tracked" in said and "iter_0000004: whole" in said and "'iteration': 2" in said
+    assert inspect_checkpoint.main([str(run / "iter_0000002"), "--tensors"]) == 0
+    assert "mask_token [64] torch.float32" in capsys.readouterr().out
+    flip(0.5)(run / "iter_0000004" / "__0_0.distcp")
+    assert inspect_checkpoint.main([str(run)]) == 1
+    said = capsys.readouterr().out
+    assert (
+        "iter_0000004: DAMAGED (__0_0.distcp: is not what was saved" in said and "iter_0000002: whole" in said
+    )
+    assert inspect_checkpoint.main([str(run.parent / "nowhere")]) == 2
+    assert capsys.readouterr().err.endswith("nowhere holds no checkpoint\n")
