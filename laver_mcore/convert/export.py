@@ -191,6 +191,7 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "eos_token_id": special.end_of_turn,
         "pad_token_id": special.pad,
         "max_new_tokens": 256,
+        "suppress_tokens": [special.image_pad],  # an image in an answer would have no pixels
     }
 
 

@@ -108,6 +108,7 @@ def _export_sentencepiece(source: Path, destination: Path, tokenizer: Tokenizer)
     own = [text for text in VISION_TOKENS.values() if text not in tokenizer.added]
     fast = PreTrainedTokenizerFast(
         tokenizer_object=backend,
+        bos_token=tokenizer.chat.names.get("bos_token") or None,  # for templates that begin with it
         eos_token=names[special.end_of_turn],
         pad_token=names[special.pad],
         padding_side="left",

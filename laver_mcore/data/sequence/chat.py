@@ -67,7 +67,7 @@ class ChatFormat:
         self, template: str, special: Mapping[str, int], names: Mapping[str, str], where: object
     ) -> None:
         self.template = template
-        self._special, self._names, self._where = dict(special), dict(names), where
+        self._special, self.names, self._where = dict(special), dict(names), where
         texts = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
         environment = ImmutableSandboxedEnvironment(
@@ -107,7 +107,7 @@ class ChatFormat:
         ]
         try:
             text = self._compiled.render(
-                messages=messages, add_generation_prompt=ask, **self._names, **_CONSTANTS
+                messages=messages, add_generation_prompt=ask, **self.names, **_CONSTANTS
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the chat template refuses this dialogue: {error}") from None

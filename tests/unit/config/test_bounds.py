@@ -10,8 +10,7 @@ BASE = "--data-path x.json --tokenizer-model x.model --model tiny --vocab-size 9
 SENSELESS = """
 --lr nan: finite
 --lr inf: finite
---lr 0: positive
---lr -1: positive
+--lr -1: negative
 --min-lr 1: above lr
 --min-lr -1: negative
 --weight-decay nan: finite
