@@ -226,7 +226,7 @@ def _save(engine: Engine, state: RunState, fingerprint: str, just_skipped: int, 
     run = engine.config.run
     assert run.save is not None
     try:
-        if just_skipped and not last:  # weights that give such gradients are worth less than those before
+        if just_skipped > 1 and not last:  # weights that give such gradients are worth less than those before
             raise checkpoints.SaveError(
                 f"iteration {state.progress.iteration}: not saved (the last {just_skipped} steps were skipped)"
             )
