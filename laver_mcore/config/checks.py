@@ -17,12 +17,6 @@ def _divisors(*values: int, limit: int = 64) -> str:
     return ", ".join(found[:-1]) + (" or " if len(found) > 1 else "") + found[-1]
 
 
-def _check_sizes(config: Config) -> None:
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-        size = getattr(config.parallel, name)
-        _require(size >= 1, f"{name}={size} must be at least 1")
-
-
 def _check_model(config: Config) -> None:
     model, parallel = config.model, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -259,8 +253,7 @@ def check(config: Config) -> None:
     _check_validation(config)
     _check_data(config)
     _check_vision(config)
-    config.objective.check(config)
-    _check_sizes(config)  # what follows divides by them
+    config.objective.check(config)  # what follows divides by them
     _check_model(config)
     _check_teacher_precision(config)
     _check_context_parallel(config)

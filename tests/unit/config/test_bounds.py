@@ -1,129 +1,127 @@
-"""Numbers that cannot be meant, and recipes that cannot be read, are refused in one line before anything is built."""
+"""Values at the bounds and just beyond; the default split of the rotary bands; ranks at the bounds of a recipe."""
 
 import pytest
 
+from laver_mcore.config.checks import check_world
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse
+from laver_mcore.config.presets import fill_from_preset
+from laver_mcore.config.schema import ModelConfig
+from laver_mcore.convert.hub.configuration_laver import LaverConfig as PublishedConfig
 
-BASE = "--data-path x.json --tokenizer-model x.model --model tiny --vocab-size 96 --vision encoder-free"
-
-SENSELESS = """
---lr nan: finite
---lr inf: finite
---lr -1: negative
---min-lr 1: above lr
---min-lr -1: negative
---weight-decay nan: finite
---weight-decay -1: negative
---clip-grad inf: finite
---clip-grad -1: negative
---adam-beta1 1: below 1
---adam-beta1 -0.1: negative
---adam-beta2 nan: finite
---adam-eps 0: positive
---lr-warmup-iters -1: negative
---train-iters 0: at least 1
---train-iters -5: at least 1
---seed -1: negative
---micro-batch-size 0: at least 1
---global-batch-size 0: at least 1
---seq-length 0: at least 1
---seq-length -1: at least 1
---num-workers -1: negative
---decode-threads 0: at least 1
---worker-timeout 0: positive
---worker-timeout nan: finite
---packing-window 0: at least 1
---pad-to-multiple 0: at least 1
---data-weights -1: negative
---data-weights nan: finite
---max-bad-fraction -0.1: negative
---max-bad-fraction nan: finite
---num-layers 0: at least 1
---hidden-size 0: at least 1
---hidden-size -64: at least 1
---ffn-hidden-size 0: at least 1
---num-attention-heads 0: at least 1
---num-query-groups 0: at least 1
---kv-channels 0: at least 1
---vocab-size 0: at least 1
---rotary-base 0: positive
---norm-epsilon 0: positive
---norm-epsilon nan: finite
---init-method-std nan: finite
---image-size 0: at least 1
---patch-size 0: at least 1
---connector-hidden-size 0: at least 1
---tensor-model-parallel-size 0: at least 1
---pipeline-model-parallel-size -1: at least 1
---context-parallel-size 0: at least 1
---save-interval 0: at least 1
---exit-interval 0: at least 1
---log-interval 0: at least 1
---skip-to -1: negative
---keep-last 0: at least 1
---keep-every 0: at least 1
---max-skipped 0: at least 1
---peak-tflops 0: positive
---profile-step-start 0: at least 1
---eval-interval 0: at least 1
---lora-rank -1: negative
---objective laver --mask-ratio nan: finite
---objective laver --mask-ratio 2: between 0 and 1
---objective laver --lambda-laver -1: negative
---objective laver --lambda-gram nan: finite
---objective laver --vision-head-hidden-size 0: at least 1
---objective laver --ema-steps 0: at least 1
---objective victor --pool-size 0: at least 1
---objective victor --lambda-victor -1: negative
---objective viral --target-path x --projector-hidden-size 0: at least 1
+RECIPE = """
+model: {model: tiny}
+vision: {vision: encoder-free, image_size: 32, patch_size: 8}
+data: {data_path: [x.json], tokenizer_model: t.model, seq_length: 128, pad_to_multiple: 16}
+train: {objective: laver, train_iters: 10, global_batch_size: 8}
+run: {save: runs/x}
 """
-CASES = [tuple(line.split(": ")) for line in SENSELESS.strip().splitlines()]
+NATIVE = "--vision qwen2-vl --vision-path tower"
 
-
-@pytest.mark.parametrize(("flags", "words"), CASES, ids=[flags for flags, _ in CASES])
-def test_a_senseless_number_is_one_line(flags, words):
-    name = (
-        next(word for word in reversed(flags.split()) if word.startswith("--"))
-        .removeprefix("--")
-        .replace("-", "_")
-    )
-    with pytest.raises(ConfigError, match=words) as raised:
-        parse([*BASE.split(), *flags.split()])
-    assert name in str(raised.value) and "\n" not in str(raised.value)
-
-
-RECIPES = {
-    "its_own_base": ("base: recipe.yaml", "is its own base, by way of recipe.yaml"),
-    "twice": ("train: {seed: 1}\ntrain: {seed: 2}", "train stands twice"),
-    "key_twice": ("train:\n  seed: 1\n  seed: 2", "seed stands twice"),
-    "true_as_a_number": (
-        "train: {train_iters: true}",
-        "train.train_iters=True: wants a value of another kind",
-    ),
-    "false_as_a_rate": ("optimizer: {lr: false}", "optimizer.lr=False: wants a value of another kind"),
-    "base_of_another_kind": ("base: [a, b]", "base=\\['a', 'b'\\] is no path"),
-    "no_mapping": ("- a", "must be a mapping of sections, got list"),
-    "deep": ("[" * 2000, "recipe"),
-    "nan": ("optimizer: {lr: .nan}", "lr=nan must be a finite number"),
+# Flag -> (value at the bound, value just beyond).
+BOUNDS = {
+    "--mask-ratio": ("0", "-0.01"),
+    "--mask-ratio ": ("1", "1.01"),
+    "--momentum": ("0", "-0.01"),
+    "--momentum ": ("1", "1.01"),
+    "--ema-ratio": ("1", "1.01"),
+    "--center-momentum": ("1", "1.01"),
+    "--student-temperature": ("0.001", "0"),
+    "--teacher-temperature": ("0.001", "0"),
+    "--ema-steps": ("1", "0"),
+    "--min-relevance": ("1", "0"),
+    "--min-relevance ": ("5", "6"),
+    "--min-visual-dependency": ("5", "6"),
+    "--min-image-correspondence": ("1", "0"),
+    "--min-formatting": ("5", "6"),
+    "--packing-window": ("1", "0"),
+    "--worker-timeout": ("0.001", "0"),
+    "--skip-to": ("0", "-1"),
+    "--train-iters": ("1", "0"),
+    "--micro-batch-size": ("1", "0"),
+    "--global-batch-size": ("1", "0"),
+    "--peak-tflops": ("0.001", "0"),
+    "--attention-dropout": ("0", "0.001"),
+    "--profile --profile-step-end 3 --profile-step-start": ("2", "3"),
+    "--profile --profile-step-end 3 --profile-step-start ": ("1", "0"),
+    f"{NATIVE} --min-pixels 784 --max-pixels": ("784", "783"),
+    "--image-size": ("40", "39"),
+    "--kv-channels 18 --mrope-section": ("1 3 5", "1 3 6"),
+    "--kv-channels 18 --mrope-section ": ("1 3 5", "1 3 4"),
+    "--tensor-model-parallel-size": ("2", "3"),
+    "--tensor-model-parallel-size ": ("1", "0"),
+    "--pipeline-model-parallel-size": ("4", "5"),
+    "--pipeline-model-parallel-size ": ("1", "0"),
+    "--context-parallel-size": ("4", "8"),
+    "--context-parallel-size ": ("1", "0"),
+    "--context-parallel-size 2 --pad-to-multiple": ("2", "3"),
+    "--sequence-parallel --tensor-model-parallel-size": ("2", "1"),
+    "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank": ("2", "1"),
 }
 
 
-@pytest.mark.parametrize(("text", "message"), RECIPES.values(), ids=RECIPES)
-def test_a_recipe_that_cannot_be_meant_is_one_line(tmp_path, text, message):
-    (tmp_path / "recipe.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=message) as raised:
-        parse(["--config", str(tmp_path / "recipe.yaml"), *BASE.split()])
-    assert "\n" not in str(raised.value)
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    return ["--config", str(tmp_path / "recipe.yaml")]
 
 
-def test_a_circle_of_bases_is_named(tmp_path):
-    for name, base in (("a", "b"), ("b", "c"), ("c", "a")):
-        (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml")
-    with pytest.raises(ConfigError, match=r"a\.yaml is its own base, by way of a.yaml and b.yaml and c.yaml"):
-        parse(["--config", str(tmp_path / "a.yaml"), *BASE.split()])
+@pytest.mark.parametrize(("flag", "values"), BOUNDS.items(), ids=BOUNDS)
+def test_bounds(flag, values, recipe):
+    inside, beyond = values
+    parse([*recipe, *flag.split(), *inside.split()])
+    with pytest.raises(ConfigError):
+        parse([*recipe, *flag.split(), *beyond.split()])
 
 
-def test_a_folder_is_no_recipe(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be read"):
-        parse(["--config", str(tmp_path), *BASE.split()])
+# Channels of a head -> bands of (t, row, column): none for t, the rest in halves, the odd one to the rows.
+SECTIONS = {2: (0, 1, 0), 4: (0, 1, 1), 18: (0, 5, 4), 64: (0, 16, 16), 128: (0, 32, 32)}
+
+
+@pytest.mark.parametrize(("channels", "section"), SECTIONS.items(), ids=map(str, SECTIONS))
+def test_default_split_of_the_rotary_bands(channels, section):
+    assert fill_from_preset(ModelConfig(model="tiny", kv_channels=channels)).mrope_section == section
+
+
+def test_default_split_of_a_published_model():
+    """A head of 128 channels, all that is published, where the file does not say."""
+    assert PublishedConfig().mrope_section == [0, 32, 32]
+    assert PublishedConfig().mrope_split == "contiguous"
+
+
+@pytest.mark.parametrize(("model", "channels"), [("qwen2.5-0.5b", 64), ("qwen2.5-7b", 128)])
+def test_channels_of_a_head_of_the_presets(model, channels):
+    filled = fill_from_preset(ModelConfig(model=model))
+    assert (filled.kv_channels, filled.mrope_section) == (channels, SECTIONS[channels])
+
+
+# Ranks, flags -> data-parallel size; None: refused. 8 rows a step.
+WORLDS = {
+    "every rank a row": (8, "", 8),
+    "more ranks than rows": (16, "", None),
+    "two rows a rank": (4, "--micro-batch-size 2", 4),
+    "rows left over": (3, "", None),
+    "one replica": (8, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4", 1),
+    "half a replica": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4", None),
+    "two replicas": (8, "--context-parallel-size 2 --pipeline-model-parallel-size 2", 2),
+    "one group of micro-batches": (
+        8,
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+        4,
+    ),
+    "half a group of micro-batches": (
+        16,
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("ranks", "flags", "size"), WORLDS.values(), ids=WORLDS)
+def test_ranks(ranks, flags, size, recipe):
+    config, _ = parse([*recipe, *flags.split()])
+    if size is None:
+        with pytest.raises(ConfigError):
+            check_world(config, ranks)
+    else:
+        assert check_world(config, ranks) == size
