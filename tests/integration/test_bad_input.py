@@ -116,8 +116,11 @@ RUNS: dict[str, tuple[str, str]] = {
         "trainable pattern 'conector.*' matches no parameter",
     ),
     "load_missing": ("--load {d}/nowhere", "load={d}/nowhere does not exist"),
-    "load_of_another_model": ("--load {d}/trained --num-layers 2", "another model: it has num_layers=4"),
-    "load_of_other_data": ("--load {d}/trained --seed 1", "was trained on other data"),
+    "load_of_another_model": (
+        "--load {d}/trained --num-layers 2",
+        "another recipe (model.num_layers was 4, now 2)",
+    ),
+    "load_of_another_seed": ("--load {d}/trained --seed 1", "another recipe (train.seed was 1234, now 1)"),
     "weights_missing": ("--pretrained-checkpoint {d}/nowhere", "nowhere holds no checkpoint"),
     "weights_of_another_model": (
         "--pretrained-checkpoint {d}/trained --hidden-size 32",
