@@ -141,7 +141,7 @@ $(STAMPS)/installed: $(STAMPS)/requirements setup.py pyproject.toml kernels/pypr
 	@touch $@
 
 $(STAMPS)/test-all: $(STAMPS)/data requirements/test-all.txt
-	@echo "setup: lmms-eval, Energon and peft"
+	@echo "setup: lmms-eval and Energon"
 	@$(PIP) install --no-deps --requirement requirements/test-all.txt
 	@touch $@
 

@@ -66,8 +66,7 @@ def _adapters_per_row(config: Config) -> float:
     tp, along, width, ffn, queries, _ = layer_sizes(config)
     model, inputs = config.model, {"linear_qkv": width / along, "linear_fc1": width / along}
     inputs |= {"linear_proj": queries / tp, "linear_fc2": ffn / tp}
-    ranks = {"linear_qkv": 3, "linear_fc1": 2}
     return sum(
-        model.lora_rank * ranks.get(layer, 1) + (inputs[layer] if model.lora_dropout else 0)
-        for layer in model.adapted_layers
+        model.lora_rank * len(adapted) + (inputs[layer] if model.lora_dropout else 0)
+        for layer, adapted in model.adapted_layers.items()
     )

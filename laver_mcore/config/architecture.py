@@ -50,22 +50,39 @@ class ModelConfig:
     lora_dropout: float = 0.0
     """Dropout of an adapter's input."""
     lora_targets: tuple[str, ...] = ("linear_*",)
-    """Patterns of layers with adapters: linear_qkv, linear_proj, linear_fc1, linear_fc2."""
+    """Patterns of what has adapters: Megatron's layers (linear_qkv) or Hugging Face's projections (q_proj)."""
     attention_dropout: float = 0.0
     """Only 0 is supported: the mixed-attention kernels have no dropout."""
 
     @property
-    def adapted_layers(self) -> tuple[str, ...]:
-        """Kinds of layers that have an adapter."""
+    def adapted_layers(self) -> dict[str, tuple[int, ...]]:
+        """Kinds of layers that have adapters -> which of their `PROJECTIONS` do."""
         if not self.lora_rank:
-            return ()
-        return tuple(
-            layer for layer in LINEAR_LAYERS if any(fnmatch.fnmatchcase(layer, p) for p in self.lora_targets)
-        )
+            return {}
+        found = {
+            layer: tuple(i for i, name in enumerate(names) if self._is_target(layer) or self._is_target(name))
+            for layer, names in PROJECTIONS.items()
+        }
+        return {layer: indices for layer, indices in found.items() if indices}
+
+    def _is_target(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.lora_targets)
+
+    def projection_parts(self, layer: str) -> tuple[int, ...]:
+        """How the rows of a layer's matrix (of a key group, for linear_qkv) divide among its `PROJECTIONS`."""
+        if layer != "linear_qkv":
+            return (1,) * len(PROJECTIONS[layer])
+        assert self.num_attention_heads and self.num_query_groups
+        return self.num_attention_heads // self.num_query_groups, 1, 1
 
 
-LINEAR_LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-"""Linear layers of a decoder layer: queries, keys and values; attention's output; gate and up; the MLP's output."""
+PROJECTIONS = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
+"""Megatron's linear layers of a decoder layer -> Hugging Face's projections that lie in their matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)

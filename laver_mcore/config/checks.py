@@ -2,7 +2,7 @@
 
 import fnmatch
 
-from laver_mcore.config.architecture import LINEAR_LAYERS
+from laver_mcore.config.architecture import PROJECTIONS
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import Config
 
@@ -59,10 +59,11 @@ def _check_lora(config: Config) -> None:
         return
     _require(model.lora_alpha > 0.0, f"lora_alpha={model.lora_alpha} must be positive")
     _require(0.0 <= model.lora_dropout < 1.0, f"lora_dropout={model.lora_dropout} must be from 0 to below 1")
+    targets = [*PROJECTIONS, *(name for names in PROJECTIONS.values() for name in names)]
     for pattern in model.lora_targets or ("",):
         _require(
-            bool(fnmatch.filter(LINEAR_LAYERS, pattern)),
-            f"lora_targets pattern {pattern!r} matches no layer; there are {', '.join(LINEAR_LAYERS)}",
+            bool(fnmatch.filter(targets, pattern)),
+            f"lora_targets pattern {pattern!r} matches no layer; there are {', '.join(targets)}",
         )
     _require(
         train.transformer_impl != "transformer_engine",

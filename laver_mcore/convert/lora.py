@@ -32,16 +32,21 @@ Theirs = Callable[[Entry], list[torch.Tensor]]
 OpenRun = Callable[[str | Path], tuple[Config, CheckpointReader]]
 
 
-def is_adapted(entry: Entry, model: ModelConfig) -> bool:
-    """Whether the weight has an adapter beside it."""
-    layer = entry.ours.removesuffix(".weight").rpartition(".")[2]
-    return entry.ours.endswith(".weight") and layer in model.adapted_layers
+def layer_of(entry: Entry) -> str:
+    """The Megatron layer whose weight an entry is, such as linear_qkv; empty for other parameters."""
+    name, _, end = entry.ours.rpartition(".")
+    return name.rpartition(".")[2] if end == "weight" else ""
+
+
+def adapted(entry: Entry, model: ModelConfig) -> tuple[int, ...]:
+    """Which of Hugging Face's projections in an entry have an adapter."""
+    return model.adapted_layers.get(layer_of(entry), ())
 
 
 def read_adapter(
     entry: Entry, reader: CheckpointReader, model: ModelConfig, teacher: bool
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(A [r, in], B [out, r]) of each of Hugging Face's projections in an entry, fp32."""
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Each of the `adapted` projections -> (A [r, in], B [out, r]), fp32."""
     assert entry.layer is not None
     rest = entry.ours.removeprefix(f"{LAYERS}{entry.layer}.").removesuffix("weight")
     prefix = ("teacher." if teacher else "") + LAYERS + rest
@@ -51,7 +56,14 @@ def read_adapter(
                 f"{reader.folder} has no {prefix}{name}" + (": the run had no teacher" if teacher else "")
             )
     a, b = (reader.read(prefix + name, entry.layer).float() for name in ("lora_a", "lora_b"))
-    return list(zip(a.chunk(len(entry.theirs)), split(entry, b, model), strict=True))
+    indices = adapted(entry, model)
+    parts = [model.projection_parts(layer_of(entry))[i] for i in indices]
+    groups = model.num_query_groups if entry.fusion == "qkv" else 1
+    assert groups is not None
+    unit = b.shape[0] // groups // sum(parts)
+    rows = b.unflatten(0, (groups, -1)).split([unit * part for part in parts], dim=1)
+    pairs = zip(a.chunk(len(indices)), (part.flatten(0, 1) for part in rows), strict=True)
+    return dict(zip(indices, pairs, strict=True))
 
 
 def merged_tensors(
@@ -81,7 +93,7 @@ def _merge(
     entry: Entry, index: int, frozen: Theirs, reader: CheckpointReader, model: ModelConfig, teacher: bool
 ) -> Iterator[torch.Tensor]:
     weight = frozen(entry)[index]
-    if is_adapted(entry, model):
+    if index in adapted(entry, model):
         a, b = read_adapter(entry, reader, model, teacher)[index]
         weight = weight.float() + model.lora_alpha / model.lora_rank * (b @ a)
     yield weight
@@ -129,12 +141,11 @@ def write_adapter(
     model = config.model
     if not model.lora_rank:
         raise ConversionError(f"{reader.folder} has no adapters: the run was trained without --lora-rank")
-    adapted = [entry for entry in entries(model) if is_adapted(entry, model)]
-    tensors = []
-    for entry in adapted:
-        for index, (name, (rows, columns)) in enumerate(
-            zip(entry.theirs, their_shapes(entry, model, 0), strict=True)
-        ):
+    tensors, targets = [], set()
+    for entry in entries(model):
+        for index in adapted(entry, model):
+            name, (rows, columns) = entry.theirs[index], their_shapes(entry, model, 0)[index]
+            targets.add(name.split(".")[-2])
             for place, letter, shape in (
                 (0, "A", (model.lora_rank, columns)),
                 (1, "B", (rows, model.lora_rank)),
@@ -147,7 +158,6 @@ def write_adapter(
                         blocks=partial(_one, entry, index, place, reader, model, teacher),
                     )
                 )
-    targets = sorted({name.split(".")[-2] for entry in adapted for name in entry.theirs})
     content: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -155,7 +165,7 @@ def write_adapter(
         "r": model.lora_rank,
         "lora_alpha": model.lora_alpha,
         "lora_dropout": model.lora_dropout,
-        "target_modules": targets,
+        "target_modules": sorted(targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

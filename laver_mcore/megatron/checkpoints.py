@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from laver_mcore.config.architecture import PROJECTIONS
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import Config
 
@@ -57,6 +58,9 @@ def identity(config: Config, vocab_size: int) -> dict[str, Any]:
     vision = config.vision
     return {
         **shape,
+        "lora_targets": [
+            PROJECTIONS[layer][i] for layer, ids in config.model.adapted_layers.items() for i in ids
+        ],
         "vocab_size": vocab_size,
         "vision": vision.vision,
         "normalize_visual_tokens": bool(vision.normalize_visual_tokens),
@@ -69,7 +73,7 @@ def may_start(name: str, stored: dict[str, Any], wanted: Any, new_rows: int) -> 
     Adapters start fresh, and so does the visual path of a text model, whose vocabulary grows by `new_rows` tokens for
     vision at the most, those that its tokenizer lacks.
     """
-    if name == "lora_rank":
+    if name in ("lora_rank", "lora_targets"):
         return not stored["lora_rank"]
     if stored.get("vision") != "none":
         return False

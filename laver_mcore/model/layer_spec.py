@@ -14,11 +14,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from laver_mcore.config.architecture import PROJECTIONS
 from laver_mcore.config.decoders import family_named
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import Config, ModelConfig
 from laver_mcore.model.fp8 import Fp8ColumnParallelLinear, Fp8Pass, Fp8RowParallelLinear
-from laver_mcore.model.lora import NUM_PROJECTIONS, Lora, LoraColumnParallelLinear, LoraRowParallelLinear
+from laver_mcore.model.lora import Lora, LoraColumnParallelLinear, LoraRowParallelLinear
 from laver_mcore.model.mixed_attention import MixedAttention
 from laver_mcore.model.norm import RMSNorm
 
@@ -130,7 +131,7 @@ def decoder_spec(
 
     With `fp8` matrix products are in fp8 while it runs. `model` says which layers have adapters.
     """
-    adapted = model.adapted_layers if model is not None else ()
+    adapted = model.adapted_layers if model is not None else {}
     if fp8 is not None:
         require_fp8(transformer_impl)
     if use_transformer_engine(transformer_impl) and not adapted:  # adapters stand beside local layers
@@ -160,7 +161,7 @@ def decoder_spec(
         part = (
             layer.submodules.self_attention if name in ("linear_qkv", "linear_proj") else layer.submodules.mlp
         )
-        kind = LoraColumnParallelLinear if NUM_PROJECTIONS[name] > 1 else LoraRowParallelLinear
+        kind = LoraColumnParallelLinear if len(PROJECTIONS[name]) > 1 else LoraRowParallelLinear
         setattr(part.submodules, name, ModuleSpec(module=kind, params={"lora": Lora.of(model, name)}))
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -1,14 +1,14 @@
 """LoRA (arXiv 2106.09685) on Megatron's linear layers: W x + (alpha / r) B A x, with W frozen.
 
 Queries, keys and values lie in one matrix here, and so do SwiGLU's gate and up projection, but each of them has an
-adapter of its own, as in transformers: `lora_a` [n r, in] holds their A's one above the other, and `lora_b` [out, r]
-their B's, row by row as the rows of the matrix itself lie. So B is cut, fused and converted as the matrix is, and an
-adapter directory of `peft` is the same numbers.
+adapter of its own, as in transformers, or none: `lora_a` [n r, in] holds their A's one above the other, and `lora_b`
+[out, r] their B's, row by row as their rows lie in the matrix itself. So B is cut, fused and converted as the matrix
+is, and an adapter directory of `peft` is the same numbers.
 
 Tensor parallelism: a column-parallel layer has A whole and its rows of B; a row-parallel one its columns of A and B
 whole. What is exchanged has r channels, never the width of the layer.
 
-Shapes: s rows of this rank, r rank, n projections in one matrix, G key groups of this rank, C channels of a head.
+Shapes: s rows of this rank, r rank, n adapted projections of one matrix, G key groups of this rank (1 for the MLP).
 """
 
 import contextlib
@@ -33,31 +33,31 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from laver_mcore.config.architecture import ModelConfig
 
-NUM_PROJECTIONS = {"linear_qkv": 3, "linear_proj": 1, "linear_fc1": 2, "linear_fc2": 1}
-"""Layers that may have adapters -> projections in one matrix."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
     """The adapter of one kind of layer."""
 
     layer: str
-    """One of `NUM_PROJECTIONS`."""
+    """One of `config.architecture.PROJECTIONS`."""
+    projections: tuple[int, ...]
+    """Which of the projections in its matrix have adapters."""
+    parts: tuple[int, ...]
+    """How the rows of the matrix, or of a key group, divide among all of its projections."""
     rank: int
     scale: float
     dropout: float
-    heads_per_group: int
 
     @classmethod
     def of(cls, model: ModelConfig, layer: str) -> "Lora":
         """The recipe's, for layers called `layer`."""
-        assert model.num_attention_heads and model.num_query_groups
         return cls(
             layer=layer,
+            projections=model.adapted_layers[layer],
+            parts=model.projection_parts(layer),
             rank=model.lora_rank,
             scale=model.lora_alpha / model.lora_rank,
             dropout=model.lora_dropout,
-            heads_per_group=model.num_attention_heads // model.num_query_groups,
         )
 
 
@@ -116,9 +116,12 @@ class LoraColumnParallelLinear(_Adapted, ColumnParallelLinear):
 
     def __init__(self, *args: Any, lora: Lora, **kwargs: Any) -> None:
         super().__init__(*args, lora=lora, **kwargs)
-        down = (NUM_PROJECTIONS[lora.layer] * lora.rank, self.input_size)
-        self._add("lora_a", down, cut=None, shared=True)
-        self._add("lora_b", (self.output_size_per_partition, lora.rank), cut=0, shared=False)
+        unit = self.output_size_per_partition // sum(lora.parts)
+        rows = unit * sum(lora.parts[i] for i in lora.projections)
+        self._groups = unit // self.config.kv_channels if lora.layer == "linear_qkv" else 1
+        self._unit = unit // self._groups
+        self._add("lora_a", (len(lora.projections) * lora.rank, self.input_size), cut=None, shared=True)
+        self._add("lora_b", (rows, lora.rank), cut=0, shared=False)
 
     def _delta(self, x: torch.Tensor) -> torch.Tensor:
         sharing = self.config.sequence_parallel
@@ -127,20 +130,15 @@ class LoraColumnParallelLinear(_Adapted, ColumnParallelLinear):
             down = gather_from_sequence_parallel_region(down, group=self.tp_group)
         else:
             down = copy_to_tensor_model_parallel_region(down, group=self.tp_group)
-        parts = down.split(self._lora.rank, dim=-1)
-        if self._lora.layer == "linear_fc1":
-            return torch.cat(
-                [F.linear(a, b) for a, b in zip(parts, self.lora_b.chunk(2), strict=True)], dim=-1
-            )
-        channels = self.config.kv_channels
-        heads = (self._lora.heads_per_group, 1, 1)
-        weights = self.lora_b.unflatten(0, (-1, sum(heads), channels)).split(
-            heads, dim=1
-        )  # [G, h, C, r] each
-        out = [
-            F.linear(a, b.flatten(0, 2)).unflatten(-1, (len(b), -1))
-            for a, b in zip(parts, weights, strict=True)
-        ]
+        rows = [self._unit * part for part in self._lora.parts]
+        adapted = self._lora.projections
+        weights = self.lora_b.unflatten(0, (self._groups, -1)).split([rows[i] for i in adapted], dim=1)
+        found = {  # [s, 1, G, rows of a group] each
+            i: F.linear(a, b.flatten(0, 1)).unflatten(-1, (self._groups, -1))
+            for i, a, b in zip(adapted, down.split(self._lora.rank, dim=-1), weights, strict=True)
+        }
+        none = (*down.shape[:-1], self._groups)
+        out = [found[i] if i in found else down.new_zeros(*none, n) for i, n in enumerate(rows)]
         return torch.cat(out, dim=-1).flatten(-2)
 
     def sharded_state_dict(
@@ -148,10 +146,8 @@ class LoraColumnParallelLinear(_Adapted, ColumnParallelLinear):
     ) -> dict[str, Any]:
         """As Megatron's, with the rows of B cut like those of the matrix."""
         found = self._sharded({"weight": 0, "bias": 0, "lora_b": 0}, prefix, sharded_offsets, metadata)
-        if (
-            self._lora.layer == "linear_fc1"
-        ):  # every rank holds its part of the gate above its part of the other
-            key = f"{prefix}lora_b"
+        if self._lora.layer == "linear_fc1" and len(self._lora.projections) == 2:
+            key = f"{prefix}lora_b"  # every rank holds its part of the gate above its part of the other
             found[key] = apply_swiglu_sharded_factory(found[key], sharded_offsets)
         return found
 

@@ -155,10 +155,11 @@ def _adapter(
     layer = name.removesuffix(".weight").rpartition(".")[2]
     if layer not in model.adapted_layers or not name.endswith(".weight"):
         return
-    projections = {"linear_qkv": 3, "linear_fc1": 2}.get(layer, 1)
-    rows_cut = projections > 1
-    yield "lora_a", (projections * model.lora_rank, shape[1]), not rows_cut
-    yield "lora_b", (shape[0], model.lora_rank), rows_cut
+    adapted, parts = model.adapted_layers[layer], model.projection_parts(layer)
+    rows_cut = len(parts) > 1
+    yield "lora_a", (len(adapted) * model.lora_rank, shape[1]), not rows_cut
+    rows = shape[0] // sum(parts) * sum(parts[i] for i in adapted)
+    yield "lora_b", (rows, model.lora_rank), rows_cut
 
 
 def _decoder_layer(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], dict]]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
@@ -38,7 +40,12 @@ RUNS = {
     "vicuna_tp2_sp": (2, "vicuna", "--objective lm --tensor-model-parallel-size 2 --sequence-parallel"),
     "victor_tp1": (1, "qwen2", "--objective victor --pool-size 64"),
     "victor_pp2": (2, "qwen2", "--objective victor --pool-size 64 --pipeline-model-parallel-size 2"),
-    "queries_alone": (1, "qwen3", "--objective lm --lora-targets linear_qkv"),
+    "some": (1, "qwen3", "--objective lm --lora-targets q_proj v_proj up_proj"),
+    "some_tp2": (
+        2,
+        "qwen3",
+        "--objective lm --lora-targets q_proj v_proj up_proj --tensor-model-parallel-size 2",
+    ),
     "dropout": (1, "qwen3", "--objective lm --lora-dropout 0.5"),
     "half": (2, "qwen3", "--tensor-model-parallel-size 2 --exit-interval 2 --use-distributed-optimizer"),
     "still": (1, "qwen3", "--lr 0 --save-frozen"),
@@ -50,6 +57,7 @@ SAME = {
     **{name: "tp1" for name in ("recompute", "tp2", "tp2_sp", "pp2", "dp2_distributed", "cp2")},
     "vicuna_tp2_sp": "vicuna_tp1",
     "victor_pp2": "victor_tp1",
+    "some_tp2": "some",
     "resumed": "tp1",
 }
 
@@ -91,7 +99,7 @@ def test_layouts_train_alike(directory, name):
                 assert math.isclose(row[key], reference, rel_tol=2e-5, abs_tol=1e-7), (key, row)
 
 
-@pytest.mark.parametrize("name", ["tp1", "vicuna_tp1", "victor_tp1", "queries_alone", "dropout"])
+@pytest.mark.parametrize("name", ["tp1", "vicuna_tp1", "victor_tp1", "some", "dropout"])
 def test_it_learns(directory, name):
     rows = read_metrics(directory / name)
     assert rows[-1]["lm_loss"] < rows[0]["lm_loss"]
@@ -168,7 +176,7 @@ def their_logits(model):
         return torch.cat([model(torch.tensor([ids])).logits[0] for ids in DOCUMENTS])
 
 
-@pytest.mark.parametrize("name", ["tp1", "vicuna_tp1", "victor_tp1", "queries_alone", "twenty"])
+@pytest.mark.parametrize("name", ["tp1", "vicuna_tp1", "victor_tp1", "some", "twenty"])
 def test_merged_weights_compute_what_the_adapted_model_does(directory, name, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -180,7 +188,7 @@ def test_merged_weights_compute_what_the_adapted_model_does(directory, name, tmp
     torch.testing.assert_close(merged, wanted[: len(merged)], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["tp1", "vicuna_tp1", "queries_alone"])
+@pytest.mark.parametrize("name", ["tp1", "vicuna_tp1", "some"])
 def test_peft_reads_the_adapters(directory, name, tmp_path):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
@@ -211,6 +219,31 @@ def test_adapter_files_by_the_formula(directory, tmp_path):
         if f"{key}A.weight" in adapters:
             weight = weight + 2.0 * adapters[f"{key}B.weight"] @ adapters[f"{key}A.weight"]
         torch.testing.assert_close(merged[name], weight, atol=1e-6, rtol=1e-6)
+
+
+def test_an_adapter_directory_names_the_projections_that_have_one(directory, tmp_path):
+    for name in ("some", "some_tp2"):
+        export_run(directory / name, tmp_path / name, adapter=True)
+        said = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert said["target_modules"] == ["q_proj", "up_proj", "v_proj"]
+        adapters = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert {key.split(".")[-3] for key in adapters} == set(said["target_modules"])
+        assert len(adapters) == 2 * 3 * 2
+
+
+def test_evaluation_answers_with_adapters_whose_decoder_lies_elsewhere(directory):
+    """`tools/evaluate.py` on checkpoints that hold adapters alone: the same answers at every layout, not the base's."""
+    answers = {}
+    for name, ranks in (("tp1", 1), ("tp1", 2), ("still", 1)):
+        out = directory / f"answers_{name}_{ranks}.jsonl"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command = ["tools/evaluate.py", "--checkpoint", str(directory / name), "--output", str(out)]
+        command += ["--data", str(directory / "train.json"), "--tensor-model-parallel-size", str(ranks)]
+        subprocess.run([*launch, *command, "--max-new-tokens", "4"], check=True, timeout=300)
+        answers[name, ranks] = out.read_text(encoding="utf-8")
+    assert answers["tp1", 1].count("\n") >= 24
+    assert answers["tp1", 1] == answers["tp1", 2]
+    assert answers["tp1", 1] != answers["still", 1]
 
 
 def test_the_teacher_of_laver_averages_the_adapters(directory, tmp_path):

@@ -1,5 +1,6 @@
 """Adapters against the formula of LoRA in fp64, projection by projection; what trains, how it begins and is cut."""
 
+import fnmatch
 import warnings
 
 import pytest
@@ -72,6 +73,37 @@ def test_each_projection_has_its_own_adapter(name):
     torch.testing.assert_close(delta(layer, x).double(), wanted, atol=1e-5, rtol=1e-5)
 
 
+ROWS = {
+    "q_proj": [0, 1, 2, 5, 6, 7],
+    "k_proj": [3, 8],
+    "v_proj": [4, 9],
+    "gate_proj": range(FFN // CHANNELS),
+    "up_proj": range(FFN // CHANNELS, 2 * FFN // CHANNELS),
+}
+"""Projections -> where their rows lie in the fused matrix, in heads (of 8 rows) from the top."""
+
+
+@pytest.mark.parametrize(
+    "targets", ["q_proj v_proj", "k_proj", "v_proj k_proj", "gate_proj", "up_proj", "[kv]_proj"]
+)
+def test_projections_may_have_adapters_alone(targets):
+    """As peft's `target_modules`: rows of projections without an adapter get nothing, in whatever order they lie."""
+    block = layer_of(f"--lora-targets {targets}")
+    layer = block.mlp.linear_fc1 if "gate" in targets or "up" in targets else block.self_attention.linear_qkv
+    names = [name for name in ROWS if any(fnmatch.fnmatchcase(name, target) for target in targets.split())]
+    x = torch.randn(5, 1, WIDTH)
+    a, b = layer.lora_a.detach(), layer.lora_b.detach()
+    assert (len(a), len(b)) == (RANK * len(names), CHANNELS * sum(len(ROWS[name]) for name in names))
+    owners = sorted((head, index) for index, name in enumerate(names) for head in ROWS[name])
+    found = delta(layer, x).double()
+    wanted = torch.zeros_like(found)
+    for place, (head, index) in enumerate(owners):  # rows of B lie in the order of the rows of the matrix
+        rows = slice(CHANNELS * head, CHANNELS * (head + 1))
+        own = b[CHANNELS * place : CHANNELS * (place + 1)]
+        wanted[..., rows] = low_rank(x, a[RANK * index : RANK * (index + 1)], own)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_dropout_is_off_for_the_teacher_and_in_evaluation():
     block = layer_of("--lora-dropout 0.5")
     layer, x = block.mlp.linear_fc2, torch.randn(64, 1, FFN)
@@ -130,8 +162,8 @@ def test_rows_of_b_are_cut_like_the_matrix():
         ("--lora-alpha 0", "lora_alpha=0.0 must be positive"),
         ("--lora-dropout 1", "lora_dropout=1.0 must be from 0 to below 1"),
         (
-            "--lora-targets q_proj",
-            "lora_targets pattern 'q_proj' matches no layer; there are linear_qkv, linear_proj",
+            "--lora-targets query_proj",
+            "lora_targets pattern 'query_proj' matches no layer; there are linear_qkv, linear_proj",
         ),
         ("--transformer-impl transformer_engine", "adapters stand beside Megatron's local layers"),
     ],
