@@ -203,3 +203,9 @@ def test_the_list_fits_the_code():
     short = short_list(faults, 20)
     assert {fault.area for fault in short} == {fault.area for fault in faults}
     assert len(short) <= max(20, len(AREAS.split()))
+
+
+def test_every_fault_is_to_be_noticed_by_tests_that_exist():
+    command = [sys.executable, str(MUTANTS / "selection.py")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr or done.stdout[-2000:]
