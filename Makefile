@@ -35,7 +35,7 @@ SYSTEM_SITE_PACKAGES ?=
 LINTED := .
 SHELL_SCRIPTS := .ci/run $(wildcard examples/*/*.sh examples/*/*.sbatch)
 
-.PHONY: help setup setup-data demo test test-fast test-all mutants mutants-short lint format typecheck shellcheck aot bench bench-training gpu-test clean
+.PHONY: help setup setup-data docs docs-serve demo test test-fast test-all mutants mutants-short lint format typecheck shellcheck aot bench bench-training gpu-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -81,6 +81,15 @@ typecheck: setup ## mypy
 
 shellcheck: setup ## the shell scripts
 	@$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+# Their warning is about a successor of MkDocs that this site does not use.
+MKDOCS := NO_MKDOCS_2_WARNING=1 PYTHONPATH=.:kernels $(BIN)/mkdocs
+
+docs: setup $(STAMPS)/docs ## the documentation as a site, in build/site; a broken link is an error
+	@$(MKDOCS) build --quiet --strict
+
+docs-serve: setup $(STAMPS)/docs ## the same in the browser, rebuilt while you write
+	@$(MKDOCS) serve
 
 aot: setup ## compile every kernel for sm_80 and sm_90, without a GPU
 	@$(BIN)/python kernels/aot.py
@@ -143,6 +152,11 @@ $(STAMPS)/installed: $(STAMPS)/requirements setup.py pyproject.toml kernels/pypr
 $(STAMPS)/test-all: $(STAMPS)/data requirements/test-all.txt
 	@echo "setup: lmms-eval and Energon"
 	@$(PIP) install --no-deps --requirement requirements/test-all.txt
+	@touch $@
+
+$(STAMPS)/docs: $(STAMPS)/requirements requirements/docs.txt
+	@echo "setup: MkDocs"
+	@$(PIP) install --requirement requirements/docs.txt
 	@touch $@
 
 $(STAMPS)/data: $(STAMPS)/requirements requirements/data.txt

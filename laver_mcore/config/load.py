@@ -255,4 +255,5 @@ Start from a recipe and override what you like; dashes and underscores are the s
   torchrun --nproc-per-node 2 pretrain_laver.py --config examples/demo/stage2.yaml --tensor-model-parallel-size 2
   python pretrain_laver.py --config RECIPE --dry-run        build and validate everything, print memory, train nothing
   python pretrain_laver.py --config RECIPE --print-config   show the resolved recipe
+  python pretrain_laver.py --objective laver --help          the options of an objective as well
 """
