@@ -23,6 +23,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="cast to this; default: as stored")
     parser.add_argument("--teacher", action="store_true", help="the EMA weights instead of the student's")
     parser.add_argument("--adapter", action="store_true", help="LoRA's adapters alone, as a peft directory")
+    parser.add_argument(
+        "--form",
+        choices=("laver", "llava"),
+        default="laver",
+        help="architecture of a model with images: its own code, or LLaVA's, which vLLM, SGLang and llama.cpp have",
+    )
     parser.add_argument("--decoder-only", action="store_true", help="the text model alone")
     parser.add_argument(
         "--tokenizer", help="directory of the tokenizer to put beside; default: the run's own"
@@ -32,9 +38,10 @@ def main(argv: list[str]) -> int:
     from laver_mcore.config.errors import ConfigError
     from laver_mcore.convert.decoder import DTYPES
     from laver_mcore.convert.export import export_run
+    from laver_mcore.convert.llava import SERVERS
 
     try:
-        export_run(
+        differs = export_run(
             args.load,
             args.save,
             dtype=DTYPES[args.dtype] if args.dtype else None,
@@ -42,11 +49,14 @@ def main(argv: list[str]) -> int:
             decoder_only=args.decoder_only,
             tokenizer=args.tokenizer,
             adapter=args.adapter,
+            form=args.form,
         )
     except ConfigError as error:
         print(f"mcore_to_hf.py: error: {error}", file=sys.stderr)
         return 2
     print(f"{args.save}: written from {args.load}")
+    if differs:
+        print(f"transformers alone loads it: {SERVERS} have no {'; no '.join(differs)}")
     return 0
 
 

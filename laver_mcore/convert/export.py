@@ -2,20 +2,21 @@
 
 No architecture of transformers has LaVer's mixed attention and 2D positions, so the whole model goes with the
 small files of `hub/` (remote code: `from_pretrained(DIR, trust_remote_code=True)`), its processor and chat
-template.
+template. A run with neither of them may be what LLaVA is, which needs no code (`llava.py`).
 """
 
 import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from laver_mcore.config.decoders import chat_templates
 from laver_mcore.config.hugging_face import text_config
 from laver_mcore.config.schema import Config
+from laver_mcore.convert import llava
 from laver_mcore.convert.decoder import (
     carried_settings,
     export_decoder,
@@ -31,10 +32,11 @@ from laver_mcore.convert.safetensors_directory import TensorToWrite, read_json, 
 from laver_mcore.convert.tokenizer_export import export_tokenizer
 from laver_mcore.data.images.native import native_settings_of
 from laver_mcore.data.images.processors import FixedImageProcessor
-from laver_mcore.data.sequence.tokenizer import Tokenizer
+from laver_mcore.data.sequence.tokenizer import VISION_TOKENS, Tokenizer
 from laver_mcore.model.native_encoders import read_native_config
 from laver_mcore.model.vision_encoders import read_config, read_patch_size
 
+Form = Literal["laver", "llava"]
 HUB = Path(__file__).parent / "hub"
 _CODE = ("configuration_laver.py", "modeling_laver.py", "processing_laver.py", "towers_laver.py")
 _VISUAL = ("connector.", "vision_encoder.")
@@ -49,26 +51,32 @@ def export_run(
     decoder_only: bool = False,
     tokenizer: str | Path | None = None,
     adapter: bool = False,
-) -> None:
+    form: Form = "laver",
+) -> list[str]:
     """Write a run's newest checkpoint; the whole image-text model where the run has a visual path.
 
     `teacher` takes the decoder's EMA weights (teacher and student share encoder and connector). `tokenizer`
     is the one to put beside, the run's own where not given. LoRA's adapters are merged; with `adapter` they are
-    written by themselves, for `peft`. Raises `ConfigError`, nothing written.
+    written by themselves, for `peft`. `form` is the architecture: ours with its own code, or transformers' LLaVA, where
+    a run computes the same. Returns what it computes otherwise. Raises `ConfigError`, nothing written.
     """
     config, reader = open_run(load)
     if adapter:
         with written_whole(Path(save)) as folder:
             write_adapter(config, reader, folder, dtype=dtype, teacher=teacher)
-        return
+        return []
     if decoder_only or config.vision.vision == "none":
         export_decoder(load, save, dtype=dtype, teacher=teacher, companions=tokenizer)
-        return
+        return []
     _check_supported(config)
+    differs = llava.differences(config)
+    if form == "llava" and differs:
+        raise ConversionError(f"LLaVA has no {'; no '.join(differs)}: the run cannot be exported as it")
     vocab_size = reader.common["identity"]["vocab_size"]
     dtype = dtype or (torch.bfloat16 if config.train.bf16 else torch.float32)
     tensors = run_tensors(config, reader, vocab_size, dtype=dtype, teacher=teacher)
-    tensors += _visual_tensors(reader, dtype)
+    visual = _visual_tensors(reader, dtype)
+    tensors = llava.tensors_of(tensors, visual) if form == "llava" else tensors + visual
     source = tokenizer or config.data.tokenizer_model
     assert source is not None
     with written_whole(Path(save)) as folder:
@@ -78,18 +86,42 @@ def export_run(
             config.data.system_prompt,
             chat_templates(config.model.family, config.data.chat_template),
         )
-        content = model_config(config, vocab_size, engine_tokenizer.special.image_pad, dtype)
-        content["text_config"] |= carried_settings(Path(source))
-        _write_json(folder / "config.json", content)
-        _write_json(folder / "preprocessor_config.json", processor_config(config))
-        _write_json(folder / "generation_config.json", _generation_config(engine_tokenizer))
-        auto_map = {"AutoProcessor": "processing_laver.LaverProcessor"}
-        _write_json(
-            folder / "processor_config.json", {"processor_class": "LaverProcessor", "auto_map": auto_map}
-        )
-        for name in _CODE:
+        image_token = engine_tokenizer.special.image_pad
+        if form == "llava":
+            files = _llava_files(config, vocab_size, image_token, dtype, reader)
+        else:
+            files = _files(config, vocab_size, image_token, dtype)
+        files["config.json"]["text_config"] |= carried_settings(Path(source))
+        files["generation_config.json"] = _generation_config(engine_tokenizer)
+        for name, content in files.items():
+            _write_json(folder / name, content)
+        for name in _CODE if form == "laver" else ():
             shutil.copyfile(HUB / name, folder / name)
         write_safetensors(folder, tensors)
+    return differs
+
+
+def _files(config: Config, vocab_size: int, image_token: int, dtype: torch.dtype) -> dict[str, Any]:
+    auto_map = {"AutoProcessor": "processing_laver.LaverProcessor"}
+    return {
+        "config.json": model_config(config, vocab_size, image_token, dtype),
+        "preprocessor_config.json": processor_config(config),
+        "processor_config.json": {"processor_class": "LaverProcessor", "auto_map": auto_map},
+    }
+
+
+def _llava_files(
+    config: Config, vocab_size: int, image_token: int, dtype: torch.dtype, reader: CheckpointReader
+) -> dict[str, Any]:
+    assert config.vision.vision_path is not None
+    tower = read_json(Path(config.vision.vision_path) / "preprocessor_config.json")
+    return {
+        "config.json": llava.model_config(config, vocab_size, image_token, dtype, reader),
+        "preprocessor_config.json": tower | {"processor_class": "LlavaProcessor"},
+        "processor_config.json": llava.processor_config(
+            read_patch_size(config.vision.vision_path), config, VISION_TOKENS["image_pad"]
+        ),
+    }
 
 
 def _check_supported(config: Config) -> None:
