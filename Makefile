@@ -35,7 +35,7 @@ SYSTEM_SITE_PACKAGES ?=
 LINTED := .
 SHELL_SCRIPTS := .ci/run $(wildcard examples/*/*.sh examples/*/*.sbatch)
 
-.PHONY: help setup setup-data docs docs-serve demo test test-fast test-all mutants mutants-short lint format typecheck shellcheck aot bench bench-training gpu-test clean
+.PHONY: help setup setup-data serve-test docs docs-serve demo test test-fast test-all mutants mutants-short lint format typecheck shellcheck aot bench bench-training gpu-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -82,6 +82,18 @@ typecheck: setup ## mypy
 shellcheck: setup ## the shell scripts
 	@$(BIN)/shellcheck $(SHELL_SCRIPTS)
 
+SERVE := .venv-serve
+
+serve-test: setup $(SERVE)/installed ## exported models in a real server, vLLM on a CPU (3.5 GB, an environment of its own)
+	@LAVER_VLLM=$(abspath $(SERVE)) $(BIN)/python -m pytest tests/serving $(TEST_ARGS)
+
+$(SERVE)/installed: $(STAMPS)/requirements requirements/serve.txt
+	@echo "setup: vLLM in $(SERVE)"
+	@rm -rf $(SERVE)
+	@$(BIN)/python -m venv $(SERVE)
+	@$(SERVE)/bin/python -m pip --quiet --quiet install --no-deps $(TORCH_PIP_ARGS) --requirement requirements/serve.txt
+	@touch $@
+
 # Their warning is about a successor of MkDocs that this site does not use.
 MKDOCS := NO_MKDOCS_2_WARNING=1 PYTHONPATH=.:kernels $(BIN)/mkdocs
 
@@ -104,7 +116,7 @@ gpu-test: setup ## the tests that need a GPU
 	@$(BIN)/python -m pytest tests/gpu $(TEST_ARGS)
 
 clean: ## remove the environment, caches and build products; data/ and runs/ stay
-	@rm -rf $(VENV) build dist kernels/build kernels/dist .pytest_cache .mypy_cache .ruff_cache .triton
+	@rm -rf $(VENV) $(SERVE) build dist kernels/build kernels/dist .pytest_cache .mypy_cache .ruff_cache .triton
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 	@find . -name '*.egg-info' -prune -exec rm -rf {} +
 

@@ -30,6 +30,8 @@ def differences(config: Config) -> list[str]:
     """What a run computes that LLaVA does not; none: it can be exported as LLaVA."""
     vision, model, attention = config.vision, config.model, config.attention
     width = vision.connector_hidden_size or model.hidden_size
+    assert model.hidden_size and model.num_attention_heads
+    even = model.hidden_size // model.num_attention_heads
     found = {
         "mixed attention (--no-mixed-attention)": attention.mixed_attention,
         "2D positions (--no-rope-2d)": attention.rope_2d,
@@ -39,6 +41,9 @@ def differences(config: Config) -> list[str]:
         "visual tokens of unit length (ViCToR)": bool(vision.normalize_visual_tokens),
         f"connector of width {width} (--connector-hidden-size {model.hidden_size})": width
         != model.hidden_size,
+        # transformers reads `head_dim` of a Qwen2 or Llama, vLLM does not of the first.
+        f"heads of width {model.kv_channels} (--kv-channels {even})": model.family == "qwen2"
+        and model.kv_channels != even,
         "CLS token among the visual ones (--vision-select patch)": vision.vision_select != "patch",
     }
     return [what for what, differs in found.items() if differs]

@@ -102,6 +102,7 @@ REFUSED = {
     "encoder-free": ("--vision encoder-free", "encoder-free images (--vision clip or siglip)"),
     "unit length": ("--normalize-visual-tokens True", "visual tokens of unit length (ViCToR)"),
     "connector": ("--connector-hidden-size 48", "connector of width 48 (--connector-hidden-size 64)"),
+    "heads": ("--kv-channels 32", "heads of width 32 (--kv-channels 16)"),
     "cls": ("--vision-select cls_patch", "CLS token among the visual ones (--vision-select patch)"),
 }
 
