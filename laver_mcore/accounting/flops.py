@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from laver_mcore.accounting.work import StepWork
 from laver_mcore.config.schema import Config
+from laver_mcore.config.towers.spec import TowerShape
 from laver_mcore.shapes.frozen import window_pairs
-from laver_mcore.shapes.towers import TowerShape, tower_shape
+from laver_mcore.shapes.towers import tower_shape
 from laver_mcore.shapes.weights import EMBEDDING, HEAD, Weight, frozen_tower, list_weights, target_tower
 
 ATTENTION_BACKWARD = 2.0

@@ -217,7 +217,7 @@ def _connector_per_token(config: Config) -> int:
     inner = vision.connector_hidden_size or config.model.hidden_size or 0
     if tower is not None:
         return tower.output_width + 2 * inner
-    return 3 * vision.patch_size**2 + 4 * inner if vision.vision == "encoder-free" else 0
+    return 3 * vision.patch_size**2 + 4 * inner if vision.is_encoder_free else 0
 
 
 def _tower(config: Config, weights: Sequence[Weight], work: StepWork) -> float:

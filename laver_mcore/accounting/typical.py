@@ -31,10 +31,10 @@ class Mix:
 def typical_mix(config: Config, images_per_row: int | None = None, supervised_share: float = 0.29) -> Mix:
     """The mix of a recipe; `ConfigError` for more images than a row holds."""
     seq_length, vision = config.data.seq_length, config.vision
-    if vision.vision == "none":
+    if not vision.has_images:
         return Mix(images_per_row=0, grid=(1, 1), supervised_share=supervised_share)
     grid, tower = NATIVE_GRID, tower_shape(vision)
-    if vision.vision == "encoder-free":
+    if vision.is_encoder_free:
         grid = (vision.image_size // vision.patch_size,) * 2
     elif tower is not None and tower.fixed_tokens is not None:
         grid = (round(tower.fixed_tokens**0.5),) * 2

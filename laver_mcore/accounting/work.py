@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
 from laver_mcore.config.schema import Config
-from laver_mcore.shapes.towers import TowerShape, tower_shape
+from laver_mcore.config.towers.spec import TowerShape
+from laver_mcore.shapes.towers import tower_shape
 
 Grids = Sequence[tuple[int, int]]
 

@@ -4,6 +4,9 @@ import fnmatch
 from dataclasses import dataclass
 from typing import Literal
 
+from laver_mcore.config.towers import ENCODER_FREE, NONE, tower_named
+from laver_mcore.config.towers.spec import TowerSpec
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -89,10 +92,8 @@ PROJECTIONS = {
 class VisionConfig:
     """Visual path: a transformers tower at fixed resolution, or encoder-free patches."""
 
-    vision: Literal["none", "encoder-free", "siglip", "clip", "dinov2", "aimv2", "qwen2-vl", "qwen2.5-vl"] = (
-        "siglip"
-    )
-    """Kind of visual path; siglip serves fixed-resolution SigLIP2 too, none trains on text alone."""
+    vision: str = "siglip"
+    """Visual path: none (text alone), encoder-free, siglip (SigLIP2 too), clip, dinov2, aimv2, qwen2-vl, qwen2.5-vl."""
     vision_path: str | None = None
     """Hugging Face directory with the tower's config, weights and preprocessor_config.json."""
     vision_random_init: bool = False
@@ -113,6 +114,24 @@ class VisionConfig:
     """Inner width of the connector's MLP; the decoder's width where not given."""
     normalize_visual_tokens: bool | None = None
     """Visual tokens of unit length behind the connector; what the objective wants (victor: yes) where not given."""
+
+    @property
+    def tower(self) -> TowerSpec | None:
+        """The tower that encodes images; None for text alone and for patches that the connector embeds."""
+        return None if self.vision in (NONE, ENCODER_FREE) else tower_named(self.vision)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether images keep their shape on their way into a tower."""
+        return self.tower is not None and self.tower.native is not None
+
+    @property
+    def is_encoder_free(self) -> bool:
+        return self.vision == ENCODER_FREE
+
+    @property
+    def has_images(self) -> bool:
+        return self.vision != NONE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,13 +148,12 @@ def _check_vision(config: Config) -> None:
         not config.objective.normalizes or bool(vision.normalize_visual_tokens),
         f"objective={config.objective.name} needs visual tokens of unit length; leave out normalize_visual_tokens",
     )
-    tower = vision.vision not in ("none", "encoder-free")
     _require(
-        not tower or vision.vision_path is not None,
+        vision.tower is None or vision.vision_path is not None,
         f"vision={vision.vision} needs vision_path, a Hugging Face directory with its config and weights",
     )
     _require(
-        vision.vision != "encoder-free" or vision.image_size % vision.patch_size == 0,
+        not vision.is_encoder_free or vision.image_size % vision.patch_size == 0,
         f"image_size={vision.image_size} is not a multiple of patch_size={vision.patch_size}",
     )
 
@@ -202,7 +201,7 @@ def _check_data(config: Config) -> None:
     _require(skip_to is None or skip_to >= 0, f"skip_to={skip_to} must not be negative; steps count from 0")
     bounds = (vision.min_pixels, vision.max_pixels)
     _require(
-        bounds == (None, None) or vision.vision in ("aimv2", "qwen2-vl", "qwen2.5-vl"),
+        bounds == (None, None) or vision.is_native,
         f"min_pixels and max_pixels bound images of native resolution; vision={vision.vision} has a fixed one",
     )
     _require(

@@ -23,15 +23,24 @@ _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_posit
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
+def read_config_json(directory: str | Path, wanted: str = "a Hugging Face directory") -> dict[str, Any]:
+    """The content of a directory's config.json; `ConfigError` (absent, broken, no mapping) says to give `wanted`."""
+    file = Path(directory) / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError(f"{file}: no such file; give {wanted}") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: broken JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: wanted a JSON mapping, got {type(content).__name__}")
+    return content
+
+
 def read_shape(directory: str | Path) -> dict[str, Any]:
     """`ModelConfig` fields of the decoder in a Hugging Face directory; `ConfigError` names what is not supported."""
     file = Path(directory) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(f"{file}: no such file; give a Hugging Face directory of {_known()}") from None
-    except ValueError as error:
-        raise ConfigError(f"{file}: broken JSON ({error})") from None
+    config = read_config_json(directory, f"a Hugging Face directory of {_known()}")
     family = _supported_family(config, file)
     if (
         family.name == "llama"

@@ -192,7 +192,7 @@ class ObjectiveConfig:
 
     def check(self, config: "Config") -> None:
         """Raise `ConfigError` for settings that cannot run in this recipe."""
-        if (self.needs_images or self.reconstructs) and config.vision.vision == "none":
+        if (self.needs_images or self.reconstructs) and not config.vision.has_images:
             raise ConfigError(f"objective={self.name} needs a visual path; set vision, or objective=lm")
 
     def parameters(self, config: "Config") -> tuple[AddedWeight, ...]:

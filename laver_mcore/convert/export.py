@@ -16,6 +16,7 @@ import torch
 from laver_mcore.config.decoders import chat_templates
 from laver_mcore.config.hugging_face import text_config
 from laver_mcore.config.schema import Config
+from laver_mcore.config.towers.spec import TowerSpec
 from laver_mcore.convert import llava
 from laver_mcore.convert.decoder import (
     carried_settings,
@@ -26,14 +27,12 @@ from laver_mcore.convert.decoder import (
 )
 from laver_mcore.convert.distributed_checkpoint import CheckpointReader
 from laver_mcore.convert.errors import ConversionError
-from laver_mcore.convert.hub.towers_laver import NATIVE_TOWERS, TOWERS
 from laver_mcore.convert.lora import write_adapter
 from laver_mcore.convert.safetensors_directory import TensorToWrite, read_json, write_safetensors
 from laver_mcore.convert.tokenizer_export import export_tokenizer
 from laver_mcore.data.images.native import native_settings_of
 from laver_mcore.data.images.processors import FixedImageProcessor
 from laver_mcore.data.sequence.tokenizer import VISION_TOKENS, Tokenizer
-from laver_mcore.model.native_encoders import read_native_config
 from laver_mcore.model.vision_encoders import read_config, read_patch_size
 
 Form = Literal["laver", "llava"]
@@ -65,7 +64,7 @@ def export_run(
         with written_whole(Path(save)) as folder:
             write_adapter(config, reader, folder, dtype=dtype, teacher=teacher)
         return []
-    if decoder_only or config.vision.vision == "none":
+    if decoder_only or not config.vision.has_images:
         export_decoder(load, save, dtype=dtype, teacher=teacher, companions=tokenizer)
         return []
     _check_supported(config)
@@ -126,11 +125,6 @@ def _llava_files(
 
 def _check_supported(config: Config) -> None:
     vision = config.vision
-    known = ["encoder-free", *TOWERS, *NATIVE_TOWERS]
-    if vision.vision not in known:
-        raise ConversionError(
-            f"vision={vision.vision} cannot be exported whole, only {', '.join(known)}; use --decoder-only"
-        )
     if vision.vision_select != "patch":
         raise ConversionError(f"vision_select={vision.vision_select} cannot be exported, only patch")
 
@@ -151,9 +145,9 @@ def _visual_tensors(reader: CheckpointReader, dtype: torch.dtype) -> list[Tensor
 def _grid(config: Config) -> list[int] | None:
     """Rows and columns of visual tokens of every image; None where each has its own."""
     vision = config.vision
-    if vision.vision == "encoder-free":
+    if vision.is_encoder_free:
         return [vision.image_size // vision.patch_size] * 2
-    if vision.vision in NATIVE_TOWERS:
+    if vision.is_native:
         return None
     assert vision.vision_path is not None
     processor = FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
@@ -165,10 +159,12 @@ def model_config(config: Config, vocab_size: int, image_token_id: int, dtype: to
     vision = config.vision
     assert config.model.mrope_section is not None
     tower: dict[str, Any] = {}
-    if vision.vision != "encoder-free":
+    if vision.tower is not None:
         assert vision.vision_path is not None
-        read = read_native_config if vision.vision in NATIVE_TOWERS else read_config
-        tower = dict(vision_config=read(vision.vision_path, vision.vision), vision_layer=vision.vision_layer)
+        settings = read_config(vision.vision_path, vision.vision)
+        tower = dict(
+            vision_config=settings, vision_layer=vision.vision_layer, tower=_tower(vision.tower, settings)
+        )
     return {
         "model_type": "laver",
         "architectures": ["LaverForConditionalGeneration"],
@@ -194,16 +190,27 @@ def model_config(config: Config, vocab_size: int, image_token_id: int, dtype: to
     }
 
 
+def _tower(tower: TowerSpec, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the exported code (`hub/towers_laver.py`) has to know of a tower."""
+    own: dict[str, Any] = dict(
+        package=tower.package, model=tower.model, settings=tower.settings, native=tower.native
+    )
+    if tower.native is None:
+        own |= dict(layers=tower.layers, final_norm=tower.final_norm, norms_last_state=tower.norms_last_state)
+        own |= dict(prefix_tokens=tower.prefix_tokens(tower.filled(settings)))
+    return own
+
+
 def processor_config(config: Config) -> dict[str, Any]:
     """The content of the exported preprocessor_config.json."""
     vision = config.vision
     settings: dict[str, Any] = dict(image_size=vision.image_size, patch_size=vision.patch_size)
-    if vision.vision != "encoder-free":
+    if vision.tower is not None:
         assert vision.vision_path is not None
         settings = dict(tower=read_json(Path(vision.vision_path) / "preprocessor_config.json"))
-        if vision.vision in NATIVE_TOWERS:
+        if vision.tower.native is not None:
             bounds = dict(min_pixels=vision.min_pixels, max_pixels=vision.max_pixels)
-            settings = dict(tower=native_settings_of(vision.vision, vision.vision_path, **bounds))
+            settings = dict(tower=native_settings_of(vision.tower.native, vision.vision_path, **bounds))
     return {
         "image_processor_type": "LaverImageProcessor",
         "processor_class": "LaverProcessor",

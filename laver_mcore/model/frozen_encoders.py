@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.hugging_face import read_config_json
 from laver_mcore.config.targets import TOWER_LAYER, TargetEncoder
-from laver_mcore.model.vision_encoders import build_vision_encoder, read_config, read_config_file
+from laver_mcore.model.vision_encoders import build_vision_encoder, read_config
 
 Grid = tuple[int, int]
 
@@ -30,7 +31,7 @@ def target_config(kind: str, path: str | Path) -> dict[str, Any]:
     """The part of a directory's config.json that describes the encoder; ConfigError for another model's."""
     if kind in TOWER_LAYER:
         return read_config(path, kind)
-    whole = read_config_file(Path(path) / "config.json")
+    whole = read_config_json(path)
     wanted = _MODEL_TYPES.get(kind)
     if wanted and whole.get("model_type") not in wanted:
         raise ConfigError(

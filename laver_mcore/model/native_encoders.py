@@ -11,48 +11,20 @@ side.
 
 import itertools
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.towers import tower_named
+from laver_mcore.config.towers.spec import TowerSpec
 from laver_mcore.device import send
-from laver_mcore.model.vision_encoders import read_config_file
+from laver_mcore.model.vision_encoders import read_config, transformers_classes
 
 Grids = Sequence[tuple[int, int]]
-
-
-class _Tower(NamedTuple):
-    package: str  # of transformers.models
-    model: str  # its classes
-    config: str
-    model_types: tuple[str, ...]  # `model_type` of a whole checkpoint and of its vision half
-    prefix: str  # of the tower's weights inside a whole checkpoint
-
-
-NATIVE: dict[str, _Tower] = {
-    "qwen2-vl": _Tower(
-        "qwen2_vl",
-        "Qwen2VisionTransformerPretrainedModel",
-        "Qwen2VLVisionConfig",
-        ("qwen2_vl", "qwen2_vl_vision"),
-        "visual.",
-    ),
-    "qwen2.5-vl": _Tower(
-        "qwen2_5_vl",
-        "Qwen2_5_VisionTransformerPretrainedModel",
-        "Qwen2_5_VLVisionConfig",
-        ("qwen2_5_vl", "qwen2_5_vl_vision"),
-        "visual.",
-    ),
-    "aimv2": _Tower(
-        "aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", ("aimv2", "aimv2_vision_model"), "vision_model."
-    ),
-}
 
 
 class NativeEncoder(nn.Module):
@@ -138,6 +110,10 @@ def _sinusoids(grid: tuple[int, int], width: int, device: torch.device) -> torch
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
 
 
+ENCODERS: dict[str, type[NativeEncoder]] = {"qwen": QwenEncoder, "aimv2": Aimv2Encoder}
+"""`TowerSpec.native` -> how such a tower runs on a packed sequence."""
+
+
 def build_native_encoder(
     kind: str,
     *,
@@ -148,36 +124,21 @@ def build_native_encoder(
     device: torch.device | str = "cpu",
 ) -> NativeEncoder:
     """Build a tower from a Hugging Face directory; ValueError if directory and kind disagree."""
-    spec = NATIVE[kind]
-    package = f"transformers.models.{spec.package}"
-    config_class = getattr(import_module(f"{package}.configuration_{spec.package}"), spec.config)
-    model_class = getattr(import_module(f"{package}.modeling_{spec.package}"), spec.model)
-    settings = config_class(**read_native_config(path, kind))
+    tower_spec = tower_named(kind)
+    model_class, settings_class = transformers_classes(tower_spec)
+    settings = settings_class(**read_config(path, kind))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         meta = torch.device(device).type == "meta"
         with torch.device("meta" if meta else "cpu"):
             tower = model_class(settings).to(dtype)
-    encoder: NativeEncoder = Aimv2Encoder(tower) if kind == "aimv2" else QwenEncoder(tower)
+    encoder: NativeEncoder = ENCODERS[str(tower_spec.native)](tower)
     if not random_init and not meta:
-        _load_weights(encoder, Path(path), spec)
+        _load_weights(encoder, Path(path), tower_spec)
     return encoder.to(device)
 
 
-def read_native_config(path: str | Path, kind: str) -> dict[str, Any]:
-    """The tower's settings in `path/config.json`, whole checkpoint or vision half; ValueError for another
-    model.
-    """
-    file = Path(path) / "config.json"
-    whole = read_config_file(file)
-    wanted = NATIVE[kind].model_types
-    if whole.get("model_type") not in wanted:
-        names = " or ".join(map(repr, wanted))
-        raise ConfigError(f"{file}: model_type={whole.get('model_type')!r}, vision={kind} wants {names}")
-    return dict(whole.get("vision_config", whole))
-
-
-def _load_weights(encoder: NativeEncoder, path: Path, spec: _Tower) -> None:
+def _load_weights(encoder: NativeEncoder, path: Path, spec: TowerSpec) -> None:
     """Fill the tower from the directory's safetensors, whole checkpoint or tower alone."""
     from safetensors import SafetensorError, safe_open
 
@@ -188,7 +149,7 @@ def _load_weights(encoder: NativeEncoder, path: Path, spec: _Tower) -> None:
         try:
             with safe_open(file, framework="pt") as opened, torch.no_grad():
                 for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    own = name.removeprefix("model.").removeprefix(spec.prefix)
+                    own = name.removeprefix("model.").removeprefix(spec.weights_below)
                     if own in wanted:
                         tensor = opened.get_tensor(name)
                         if tensor.shape != wanted[own].shape or not tensor.is_floating_point():

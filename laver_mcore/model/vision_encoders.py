@@ -13,49 +13,19 @@ last layer, take the last"). Layers, norms and heads that the choice leaves unus
 parameter left has a gradient.
 """
 
-import json
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.hugging_face import read_config_json
+from laver_mcore.config.towers import known_towers, tower_named, towers_of_type
+from laver_mcore.config.towers.spec import TowerSpec
 
 Select = Literal["patch", "cls_patch"]
-
-
-class _Tower(NamedTuple):
-    model: str  # class in transformers
-    config: str
-    model_types: tuple[str, ...]  # `model_type` of a whole checkpoint and of its vision half
-    layers: str  # the encoder's list of layers
-    final_norm: str
-    norms_last_hidden_state: bool
-    has_cls: bool
-
-
-_TOWERS: dict[str, _Tower] = {
-    "siglip": _Tower(
-        "SiglipVisionModel",
-        "SiglipVisionConfig",
-        ("siglip", "siglip_vision_model"),
-        "layers",
-        "post_layernorm",
-        True,
-        False,
-    ),
-    "clip": _Tower(
-        "CLIPVisionModel",
-        "CLIPVisionConfig",
-        ("clip", "clip_vision_model"),
-        "layers",
-        "post_layernorm",
-        False,
-        True,
-    ),
-    "dinov2": _Tower("Dinov2Model", "Dinov2Config", ("dinov2",), "layer", "layernorm", True, True),
-}
 
 
 class VisionEncoder(nn.Module):
@@ -68,18 +38,18 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, kind: str, tower: nn.Module, *, layer: int = -1, select: Select = "patch") -> None:
         super().__init__()
-        spec = _spec(kind)
+        spec = _fixed(kind)
         if select not in ("patch", "cls_patch"):
             raise ConfigError(f"vision_select={select!r}; use 'patch' or 'cls_patch'")
         if select == "cls_patch" and not spec.has_cls:
             raise ConfigError(f"vision_select='cls_patch', but {kind} has no CLS token; use 'patch'")
         config: Any = tower.config
-        self.kind = kind
+        self.kind, self.any_size = kind, spec.any_size
         self.hidden_size: int = config.hidden_size
         self.patch_size: int = config.patch_size
         self.image_size: int = config.image_size
         self.grid = self._grid_of(self.image_size, self.image_size)
-        self.num_prefix_tokens = 1 if spec.has_cls else 0
+        self.num_prefix_tokens = spec.prefix_tokens(spec.filled(config.to_dict()))
         self.keeps_cls = select == "cls_patch"
         _cut(tower, spec, layer)
         self.tower = tower
@@ -96,7 +66,7 @@ class VisionEncoder(nn.Module):
         another size than their own.
         """
         num_images, _, height, width = pixels_I3HW.shape
-        if self.kind != "dinov2" and (height, width) != (self.image_size, self.image_size):
+        if not self.any_size and (height, width) != (self.image_size, self.image_size):
             raise ConfigError(
                 f"images of {height} x {width} pixels, but this {self.kind} tower takes {self.image_size} x "
                 f"{self.image_size}; use the image processor of the tower's own directory"
@@ -108,7 +78,8 @@ class VisionEncoder(nn.Module):
             return nothing.reshape(0, rows * columns + self.keeps_cls, self.hidden_size)
         dtype = next(self.parameters()).dtype
         tokens_INE = self.tower(pixel_values=pixels_I3HW.to(dtype)).last_hidden_state
-        return tokens_INE if self.keeps_cls else tokens_INE[:, self.num_prefix_tokens :]
+        patches_INE = tokens_INE[:, self.num_prefix_tokens :]
+        return torch.cat([tokens_INE[:, :1], patches_INE], dim=1) if self.keeps_cls else patches_INE
 
     def grid_of(self, pixels_I3HW: torch.Tensor) -> tuple[int, int]:
         """(rows, columns) of patch tokens of such images."""
@@ -164,11 +135,9 @@ def build_vision_encoder(
     or without `path`. On the meta device nothing is read but the config. ValueError if directory and kind
     disagree.
     """
-    import transformers
-
-    spec = _spec(kind)
+    spec = _fixed(kind)
     device = torch.device(device if device is not None else "cpu")
-    model_class = getattr(transformers, spec.model)
+    model_class, settings_class = transformers_classes(spec)
     if path is not None and not random_init and device.type != "meta":
         read_config(path, kind)
         tower = _from_pretrained(model_class, Path(path), dtype)
@@ -179,59 +148,58 @@ def build_vision_encoder(
                     f"a {kind} tower needs vision_path, a Hugging Face directory with its config.json"
                 )
             config = read_config(path, kind)
-        tower_config = getattr(transformers, spec.config)(**config)
+        tower_config = settings_class(**config)
         with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
             torch.manual_seed(seed)
             tower = model_class(tower_config).to(dtype)
     return VisionEncoder(kind, tower, layer=layer, select=select).to(device)
 
 
-def read_config_file(file: Path) -> dict[str, Any]:
-    """Return the JSON object of a tower's `config.json`; ConfigError if it is missing or broken."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(f"{file}: no such file; vision_path must be a Hugging Face directory") from None
-    except ValueError as error:
-        raise ConfigError(f"{file}: broken JSON ({error})") from None
-
-
 def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
-    """Return the vision tower's settings from `path/config.json`, whole checkpoint or vision half.
+    """The tower's settings in `path/config.json`, whole checkpoint or vision half.
 
-    ValueError if there is no such file, or if it describes a model that `kind` (None: any kind) does not
-    name.
+    `ConfigError` if it describes a model that `kind` does not name (None: no tower at fixed resolution).
     """
-    file = Path(path) / "config.json"
-    whole = read_config_file(file)
+    whole = read_config_json(path, "a Hugging Face directory for vision_path")
     found = whole.get("model_type")
-    kinds = [kind] if kind is not None else list(_TOWERS)
-    wanted = [name for each in kinds for name in _spec(each).model_types]
+    fixed = [tower for tower in known_towers().values() if tower.native is None]
+    towers = fixed if kind is None else [tower_named(kind)]
+    wanted = [name for tower in towers for name in tower.model_types]
     if found not in wanted:
-        others = [each for each, spec in _TOWERS.items() if found in spec.model_types]
+        others = towers_of_type(found)
+        supported = ", ".join(tower.name for tower in fixed)
         fix = (
-            f"set vision to {others[0]!r}"
+            f"set vision to {others[0].name!r}"
             if others
-            else f"supported are {', '.join(_TOWERS)} at fixed resolution"
+            else f"supported are {supported} at fixed resolution"
         )
-        raise ConfigError(f"{file}: model_type={found!r}, wanted {' or '.join(map(repr, wanted))}; {fix}")
+        raise ConfigError(
+            f"{Path(path) / 'config.json'}: model_type={found!r}, wanted {' or '.join(map(repr, wanted))}; {fix}"
+        )
     return dict(whole.get("vision_config", whole))
 
 
 def read_patch_size(path: str | Path) -> int:
     """Return the patch side in pixels of the tower in a Hugging Face directory."""
-    import transformers
-
-    config = read_config(path)
-    model_type = read_config_file(Path(path) / "config.json")["model_type"]
-    spec = next(spec for spec in _TOWERS.values() if model_type in spec.model_types)
-    return int(getattr(transformers, spec.config)(**config).patch_size)  # published files leave defaults out
+    settings = read_config(path)
+    (tower, *_) = towers_of_type(read_config_json(path)["model_type"])
+    return int(transformers_classes(tower)[1](**settings).patch_size)  # published files leave defaults out
 
 
-def _spec(kind: str) -> _Tower:
-    if kind not in _TOWERS:
-        raise ConfigError(f"vision={kind!r} is not a vision tower; use one of {', '.join(_TOWERS)}")
-    return _TOWERS[kind]
+def transformers_classes(tower: TowerSpec) -> tuple[Any, Any]:
+    """(model, configuration) of transformers."""
+    package = f"transformers.models.{tower.package}"
+    model = import_module(f"{package}.modeling_{tower.package}")
+    return getattr(model, tower.model), getattr(
+        import_module(f"{package}.configuration_{tower.package}"), tower.settings
+    )
+
+
+def _fixed(kind: str) -> TowerSpec:
+    tower = tower_named(kind)
+    if tower.native is not None:
+        raise ConfigError(f"vision={kind!r} is a tower at native resolution")
+    return tower
 
 
 def _from_pretrained(model_class: Any, path: Path, dtype: torch.dtype) -> nn.Module:
@@ -257,7 +225,7 @@ def _from_pretrained(model_class: Any, path: Path, dtype: torch.dtype) -> nn.Mod
     return tower
 
 
-def _cut(tower: Any, spec: _Tower, layer: int) -> None:
+def _cut(tower: Any, spec: TowerSpec, layer: int) -> None:
     """Shorten `tower` in place until its `last_hidden_state` is the wanted state and nothing is unused."""
     layers = getattr(tower.encoder, spec.layers)
     if not -len(layers) <= layer <= -1:
@@ -265,7 +233,7 @@ def _cut(tower: Any, spec: _Tower, layer: int) -> None:
             f"vision_layer={layer}, but the tower has {len(layers)} layers; use -{len(layers)} to -1"
         )
     setattr(tower.encoder, spec.layers, layers[: len(layers) + layer + 1])
-    if layer < -1 or not spec.norms_last_hidden_state:
+    if layer < -1 or not spec.norms_last_state:
         # CLIP norms the pooled CLS token alone, which nobody reads here.
         setattr(tower, spec.final_norm, nn.Identity())
     if getattr(tower, "use_head", False):

@@ -103,7 +103,7 @@ class VisionLanguageModel(MegatronModule):
         self._normalizes = bool(config.vision.normalize_visual_tokens)
         self.vision_encoder: VisionEncoder | NativeEncoder | None = None
         kind = dict(dtype=mcore.params_dtype, device=device)
-        if self.pre_process and config.vision.vision != "none":
+        if self.pre_process and config.vision.has_images:
             self.vision_encoder, self.connector = build_visual_path(config, **kind)
         if added is not None:
             for place, here in (("first", self.pre_process), ("last", self.post_process)):

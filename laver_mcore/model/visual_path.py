@@ -6,7 +6,7 @@ import torch
 
 from laver_mcore.config.schema import Config
 from laver_mcore.model.connector import Connector
-from laver_mcore.model.native_encoders import NATIVE, NativeEncoder, build_native_encoder
+from laver_mcore.model.native_encoders import NativeEncoder, build_native_encoder
 from laver_mcore.model.vision_encoders import PatchEmbedder, VisionEncoder, build_vision_encoder
 
 
@@ -23,10 +23,10 @@ def build_visual_path(
     hidden = vision.connector_hidden_size or width
     random_start = dict[str, Any](random_init=vision.vision_random_init, seed=config.train.seed, **kind)
     encoder: VisionEncoder | NativeEncoder | None = None
-    if vision.vision in NATIVE:
+    if vision.is_native:
         assert vision.vision_path is not None
         encoder = build_native_encoder(vision.vision, path=vision.vision_path, **random_start)
-    elif vision.vision != "encoder-free":
+    elif vision.tower is not None:
         encoder = build_vision_encoder(
             vision.vision,
             path=vision.vision_path,

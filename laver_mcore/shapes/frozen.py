@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from laver_mcore.config.targets import TOWER_LAYER, TargetEncoder, square_side
-from laver_mcore.shapes.towers import Entry, TowerShape, linear, norm, read_settings, shape_of, tower_weights
+from laver_mcore.config.towers.spec import TowerShape
+from laver_mcore.shapes.towers import Entry, linear, norm, read_settings, shape_of, tower_weights
 
 # What transformers takes where a directory's config.json leaves a setting out, which is SAM ViT-B.
 _SAM: dict[str, Any] = dict(hidden_size=768, output_channels=256, num_hidden_layers=12, num_attention_heads=12,

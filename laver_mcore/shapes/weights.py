@@ -11,9 +11,10 @@ from typing import Literal
 
 from laver_mcore.config.decoders import family_named
 from laver_mcore.config.schema import AddedWeight, Config, ModelConfig, VisionConfig
+from laver_mcore.config.towers.spec import TowerShape
 from laver_mcore.config.trainable import trains
 from laver_mcore.shapes.frozen import frozen_entries, frozen_shape
-from laver_mcore.shapes.towers import TowerShape, tower_shape, tower_weights
+from laver_mcore.shapes.towers import tower_shape, tower_weights
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 HEAD = "language_model.output_layer.weight"
@@ -107,7 +108,7 @@ def _entries(
         for name, shape, rows in tower_weights(tower):
             yield f"{TOWER}{name}", shape, dict(rows=rows, **first)
         connector = [(inner, tower.output_width), (width, inner)]
-    elif vision.vision == "encoder-free":
+    elif vision.is_encoder_free:
         connector = [(inner, 3 * vision.patch_size**2), (inner, inner), (width, inner)]
     for i, shape in enumerate(connector):
         yield f"connector.layers.{2 * i}.weight", shape, dict(rows="visual", **first)

@@ -33,7 +33,6 @@ from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.initialize import initialize
 from laver_mcore.model.inputs import AttentionGeometry
 from laver_mcore.model.layer_spec import transformer_config
-from laver_mcore.model.native_encoders import NATIVE
 from laver_mcore.model.network import Network
 from laver_mcore.model.parameters import freeze, training_of, unwrap
 from laver_mcore.model.vision_encoders import read_patch_size
@@ -63,14 +62,18 @@ def build_tokenizer(config: Config) -> Tokenizer:
 def build_image_processor(config: Config) -> ImageProcessor | None:
     """How images become the pixels that the recipe's visual path wants; None for text alone."""
     vision = config.vision
-    if vision.vision == "none":
+    if not vision.has_images:
         return None
-    if vision.vision == "encoder-free":
+    if vision.is_encoder_free:
         return PatchImageProcessor(image_size=vision.image_size, patch_size=vision.patch_size)
+    assert vision.tower is not None
     assert vision.vision_path is not None
-    if vision.vision in NATIVE:
+    if vision.tower.native is not None:
         return native_processor(
-            vision.vision, vision.vision_path, min_pixels=vision.min_pixels, max_pixels=vision.max_pixels
+            vision.tower.native,
+            vision.vision_path,
+            min_pixels=vision.min_pixels,
+            max_pixels=vision.max_pixels,
         )
     return FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
 
@@ -129,7 +132,7 @@ def resolve_vocab_size(config: Config, tokenizer: Tokenizer) -> int:
     """
     wanted, added = config.model.vocab_size, len(tokenizer.added)
     own = tokenizer.vocab_size - added
-    needed = own if config.vision.vision == "none" else tokenizer.vocab_size
+    needed = own if not config.vision.has_images else tokenizer.vocab_size
     if wanted is None:
         return needed
     if own > wanted:

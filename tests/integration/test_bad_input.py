@@ -101,7 +101,7 @@ RUNS: dict[str, tuple[str, str]] = {
     ),
     "wrong_native_tower": (
         "--vision qwen2-vl --vision-path {d}/qwen",
-        "model_type='llama', vision=qwen2-vl wants",
+        "model_type='llama', wanted 'qwen2_vl'",
     ),
     "native_tower_without_config": (
         "--vision aimv2 --vision-path {d}/headless",
@@ -109,7 +109,7 @@ RUNS: dict[str, tuple[str, str]] = {
     ),
     "missing_vision_tower": (
         "--vision siglip --vision-path {d}/nowhere",
-        "vision_path must be a Hugging Face",
+        "no such file; give a Hugging Face directory for vision_path",
     ),
     "trainable_matches_nothing": (
         "--trainable conector.*",

@@ -67,7 +67,7 @@ class ReleasedModel(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(width, **kind))
         connector_width = config.vision.connector_hidden_size or width
         self.tower: Any = None
-        if config.vision.vision == "encoder-free":
+        if config.vision.is_encoder_free:
             self.connector = _mlp([3 * config.vision.patch_size**2, *[connector_width] * 2, width], **kind)
         else:
             tower = build_vision_encoder(

@@ -8,8 +8,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 
 class LaverConfig(PreTrainedConfig):
-    """`vision` is encoder-free or the kind of a transformers tower, whose own settings are
-    `vision_config`.
+    """`vision` is encoder-free or the kind of a transformers tower; `tower` says which classes compute it, and
+    `vision_config` holds its own settings.
     """
 
     model_type = "laver"
@@ -19,6 +19,7 @@ class LaverConfig(PreTrainedConfig):
         self,
         text_config: dict[str, Any] | PreTrainedConfig | None = None,
         vision: str = "encoder-free",
+        tower: dict[str, Any] | None = None,
         vision_config: dict[str, Any] | None = None,
         vision_layer: int = -1,
         patch_size: int = 16,
@@ -37,6 +38,7 @@ class LaverConfig(PreTrainedConfig):
         text: Any = text_config
         self.text_config = text
         self.vision = vision
+        self.tower = tower or {}
         self.vision_config = vision_config
         self.vision_layer = vision_layer
         self.patch_size = patch_size

@@ -8,23 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 
 from .configuration_laver import LaverConfig
-
-# Fixed size: kind -> (class, its config, the encoder's list of layers, final norm, tokens before the patches).
-TOWERS = {
-    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", "layers", "post_layernorm", 0),
-    "clip": ("CLIPVisionModel", "CLIPVisionConfig", "layers", "post_layernorm", 1),
-    "dinov2": ("Dinov2Model", "Dinov2Config", "layer", "layernorm", 1),
-}
-# Native size: kind -> (package, class, its config).
-NATIVE_TOWERS = {
-    "qwen2-vl": ("qwen2_vl", "Qwen2VisionTransformerPretrainedModel", "Qwen2VLVisionConfig"),
-    "qwen2.5-vl": ("qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5_VLVisionConfig"),
-    "aimv2": ("aimv2", "Aimv2VisionModel", "Aimv2VisionConfig"),
-}
 
 
 class FixedTower(nn.Module):
@@ -34,14 +20,14 @@ class FixedTower(nn.Module):
 
     def __init__(self, config: LaverConfig) -> None:
         super().__init__()
-        model, settings, layers, norm, self.num_prefix_tokens = TOWERS[config.vision]
-        tower_config = getattr(transformers, settings)(**(config.vision_config or {}))
-        self.hidden_size = tower_config.hidden_size
-        tower = getattr(transformers, model)(tower_config)
-        kept = getattr(tower.encoder, layers)
-        setattr(tower.encoder, layers, kept[: len(kept) + config.vision_layer + 1])
-        if config.vision_layer < -1 or config.vision == "clip":
-            setattr(tower, norm, nn.Identity())
+        spec = config.tower
+        self.num_prefix_tokens: int = spec["prefix_tokens"]
+        tower = tower_of(config)
+        self.hidden_size = tower.config.hidden_size
+        kept = getattr(tower.encoder, spec["layers"])
+        setattr(tower.encoder, spec["layers"], kept[: len(kept) + config.vision_layer + 1])
+        if config.vision_layer < -1 or not spec["norms_last_state"]:
+            setattr(tower, spec["final_norm"], nn.Identity())
         if getattr(tower, "use_head", False):
             tower.use_head = False
             del tower.head
@@ -109,14 +95,18 @@ def sinusoids(rows: int, columns: int, width: int) -> torch.Tensor:
     return torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1).float()
 
 
-def build_tower(config: LaverConfig) -> Any:
-    """The tower that `config.vision` names."""
-    if config.vision in TOWERS:
-        return FixedTower(config)
-    package, model, settings = NATIVE_TOWERS[config.vision]
+def tower_of(config: LaverConfig) -> Any:
+    """The tower of transformers that `config.tower` names, whole, at random."""
+    package = config.tower["package"]
     path = f"transformers.models.{package}"
-    tower_config = getattr(import_module(f"{path}.configuration_{package}"), settings)(
-        **(config.vision_config or {})
-    )
-    tower = getattr(import_module(f"{path}.modeling_{package}"), model)(tower_config)
-    return Aimv2Tower(tower) if config.vision == "aimv2" else QwenTower(tower)
+    settings = getattr(import_module(f"{path}.configuration_{package}"), config.tower["settings"])
+    model = getattr(import_module(f"{path}.modeling_{package}"), config.tower["model"])
+    return model(settings(**(config.vision_config or {})))
+
+
+def build_tower(config: LaverConfig) -> Any:
+    """The same as LaVer uses it."""
+    native = config.tower["native"]
+    if native is None:
+        return FixedTower(config)
+    return Aimv2Tower(tower_of(config)) if native == "aimv2" else QwenTower(tower_of(config))

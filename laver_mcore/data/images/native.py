@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.hugging_face import read_config_json
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images.pixel_settings import native_settings, read_processor
 from laver_mcore.data.images.processors import normalise, pillow_class, preprocessor_config
@@ -75,17 +77,17 @@ class NativeImageProcessor:
 
 
 def native_processor(
-    kind: str, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+    rules: str, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
 ) -> NativeImageProcessor:
-    """The processor of a tower's directory."""
-    return NativeImageProcessor(native_settings_of(kind, path, min_pixels=min_pixels, max_pixels=max_pixels))
+    """The processor of a tower's directory; `rules`, qwen or aimv2, is `TowerSpec.native`."""
+    return NativeImageProcessor(native_settings_of(rules, path, min_pixels=min_pixels, max_pixels=max_pixels))
 
 
 def native_settings_of(
-    kind: str, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+    rules: str, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
 ) -> dict[str, Any]:
     """Settings of Qwen2-VL's image processor for a tower's directory, with other bounds of an image's area if given."""
-    settings = _settings_of(kind, path)
+    settings = _settings_of(rules, path)
     if min_pixels is None and max_pixels is None:
         return settings
     bounds = native_settings(
@@ -97,7 +99,7 @@ def native_settings_of(
     return {**settings, "min_pixels": low, "max_pixels": high, "size": size}
 
 
-def _settings_of(kind: str, path: str | Path) -> dict[str, Any]:
+def _settings_of(rules: str, path: str | Path) -> dict[str, Any]:
     """Settings of Qwen2-VL's image processor for a tower's directory, as it comes.
 
     Published AIMv2 directories have CLIP's processor, which crops to one size. Their mean and deviation are
@@ -105,17 +107,14 @@ def _settings_of(kind: str, path: str | Path) -> dict[str, Any]:
     `min_pixels` and `max_pixels` of preprocessor_config.json (4 to 1,024 patches where it does not say).
     """
     given, where = preprocessor_config(path)
-    if kind != "aimv2":
+    if rules != "aimv2":
         return {"merge_size": 2, **given}
     if "image_mean" not in given or "image_std" not in given:
         raise DataError(f"{where}: image_mean or image_std is missing; use the file that came with the tower")
-    file = Path(path) / "config.json"
     try:
-        tower = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise DataError(f"{file}: no such file; vision_path must be a Hugging Face directory") from None
-    except ValueError as error:
-        raise DataError(f"{file}: broken JSON ({error})") from None
+        tower = read_config_json(path, "a Hugging Face directory for vision_path")
+    except ConfigError as error:
+        raise DataError(str(error)) from None
     patch = int(tower.get("vision_config", tower).get("patch_size", 14))
     return {
         "image_processor_type": "Qwen2VLImageProcessor",

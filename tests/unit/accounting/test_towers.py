@@ -6,7 +6,8 @@ import pytest
 from unit.model.test_native_encoders import CONFIGS
 
 from laver_mcore.config.schema import VisionConfig
-from laver_mcore.model.native_encoders import NATIVE, build_native_encoder
+from laver_mcore.config.towers import tower_named
+from laver_mcore.model.native_encoders import build_native_encoder
 from laver_mcore.model.vision_encoders import build_vision_encoder
 from laver_mcore.shapes.towers import tower_shape, tower_weights
 
@@ -48,7 +49,7 @@ CASES = {
 def test_weights_are_those_of_transformers(name, tmp_path):
     kind, given, config, layer = CASES[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    if kind in NATIVE:
+    if tower_named(kind).native:
         encoder = build_native_encoder(kind, path=tmp_path, device="meta")
     else:
         encoder = build_vision_encoder(kind, path=tmp_path, layer=layer, device="meta")
@@ -58,7 +59,7 @@ def test_weights_are_those_of_transformers(name, tmp_path):
     listed = {key: _size(sides) for key, sides, _ in tower_weights(shape)}
     assert listed == real
     assert shape.output_width == encoder.hidden_size
-    if kind not in NATIVE:
+    if not tower_named(kind).native:
         assert shape.fixed_tokens == encoder.num_tokens
         assert shape.prefix_tokens == encoder.num_prefix_tokens
 

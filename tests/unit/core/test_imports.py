@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "megatron": ("config", "processes"),
     "data.errors": (),
     "data.randomness": (),
-    "data.images": ("data.errors", "device"),
+    "data.images": ("config.errors", "config.hugging_face", "data.errors", "device"),
     "data.records": ("data.errors", "data.images"),
     "data.sequence": (
         "config.decoders.templates",

@@ -62,7 +62,7 @@ def test_pixel_bounds_of_native_resolution(bounds, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(given | {"max_pixels": 1_000_000}))
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    ours = native_processor("qwen2-vl", tmp_path, min_pixels=bounds[0], max_pixels=bounds[1])
+    ours = native_processor("qwen", tmp_path, min_pixels=bounds[0], max_pixels=bounds[1])
     low, high = bounds[0] or 3136, bounds[1] or 1_000_000
     for width, height in ((640, 480), (61, 45), (2000, 1500)):
         rows, columns = smart_resize(height, width, 28, low, high)

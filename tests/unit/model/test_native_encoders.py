@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from laver_mcore.config.towers import tower_named
 from laver_mcore.data.images.native import native_processor
 from laver_mcore.model.native_encoders import build_native_encoder
 
@@ -68,7 +69,7 @@ def kind(request):
 def test_packed_images_equal_transformers_one_by_one(tmp_path, kind):
     path = write_directory(tmp_path / "tower", kind)
     encoder = build_native_encoder(kind, path=path, random_init=True, seed=3).eval()
-    processor = native_processor(kind, path)
+    processor = native_processor(tower_named(kind).native, path)
     grids = [processor.grid(*image.size) for image in images()]
     assert len(set(grids)) == 2
     with torch.no_grad():
@@ -100,7 +101,7 @@ def test_no_image_keeps_every_parameter_in_the_graph(tmp_path, kind):
 def test_every_parameter_has_a_gradient(tmp_path, kind):
     path = write_directory(tmp_path / "tower", kind)
     encoder = build_native_encoder(kind, path=path, random_init=True)
-    processor = native_processor(kind, path)
+    processor = native_processor(tower_named(kind).native, path)
     encoder(
         processor(images()), [processor.grid(*image.size) for image in images()]
     ).square().sum().backward()
@@ -125,5 +126,5 @@ def test_weights_are_read_from_a_tower_and_a_whole_checkpoint(tmp_path, kind, pr
 
 def test_wrong_directory_is_refused(tmp_path, kind):
     other = next(name for name in CONFIGS if name != kind)
-    with pytest.raises(ValueError, match=f"vision={kind} wants"):
+    with pytest.raises(ValueError, match=f"model_type='.*', wanted '.*'; set vision to '{other}'"):
         build_native_encoder(kind, path=write_directory(tmp_path / "tower", other), random_init=True)

@@ -144,7 +144,7 @@ def _siglip_directory(path, **changes):
 
 
 BAD = [
-    pytest.param({"kind": "sam"}, "'sam' is not a vision tower; use one of siglip", id="unknown kind"),
+    pytest.param({"kind": "sam"}, "vision='sam' is not known; did you mean", id="unknown kind"),
     pytest.param({"kind": "siglip"}, "needs vision_path", id="no path"),
     pytest.param({"kind": "siglip", "path": "absent"}, "no such file", id="no directory"),
     pytest.param({"kind": "clip", "path": "siglip"}, "set vision to 'siglip'", id="another tower"),
