@@ -107,6 +107,8 @@ def _after(packed: PackedLayout, start: int) -> PackedLayout:
 
 def _to(packed: PackedLayout, device: torch.device) -> PackedLayout:
     assert packed.intervals is not None
+    if packed.intervals.device == device:
+        return packed
     moved = {name: send(getattr(packed.intervals, name), device) for name in _BOUNDS}
     return replace(packed, intervals=Intervals(**moved, blocks=packed.intervals.blocks))
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -84,21 +84,23 @@ class Dialogues(Sequence[Sample]):
         """Read sample `number`, its key unique over all sets."""
         if not -len(self) <= number < len(self):
             raise IndexError(number)
-        which, local = self._locate(number % len(self))
-        sample = self.indexes[which].sample(local)
-        return Sample(key=self.key(number), turns=sample.turns, images=sample.images)
+        return self._read(*self._locate(number % len(self)))
 
     def key(self, number: int) -> str:
         """The key of a sample; with several sets the set's number stands in front."""
-        which, local = self._locate(number % len(self))
+        return self._key(*self._locate(number % len(self)))
+
+    def _read(self, which: int, local: int) -> Sample:
+        return replace(self.indexes[which].sample(local), key=self._key(which, local))
+
+    def _key(self, which: int, local: int) -> str:
         key = self.indexes[which].key(local)
         return key if len(self.indexes) == 1 else f"{which}/{key}"
 
     def read(self, number: int) -> DialogueSample:
         """Read and tokenise one sample; DataError when the data has changed since it was indexed."""
         which, local = self._locate(number)
-        index = self.indexes[which]
-        sample = self[number]
+        index, sample = self.indexes[which], self._read(which, local)
         sizes = self._sizes(index, local)
         grids = [self._grid(width, height) for width, height in sizes]
         encoded = encode_sample(sample.turns, grids, self._tokenizer, system_prompt=self._system_prompt)

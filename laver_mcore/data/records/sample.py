@@ -68,7 +68,7 @@ class UniqueKeys:
 
 def make_sample(key: str, turns: tuple[Turn, ...], images: Sequence[ImageSource], where: str) -> Sample:
     """A `Sample`; DataError when its turns have not one place for each image, or its text is no Unicode."""
-    num_placeholders = sum(turn.num_images for turn in turns)
+    num_placeholders = sum([turn.num_images for turn in turns])
     if num_placeholders != len(images):
         raise DataError(
             f"{where}: {num_placeholders} {IMAGE_PLACEHOLDER} placeholder(s) in the user turns but "

@@ -12,5 +12,7 @@ def is_absent(value: Any) -> bool:
 
 def present(record: Mapping[str, Any], *names: str) -> Any:
     """The value of the first of these fields that says something; None where none does."""
-    found = (record[name] for name in names if name in record and not is_absent(record[name]))
-    return next(found, None)
+    for name in names:
+        if not is_absent(value := record.get(name)):
+            return value
+    return None

@@ -87,6 +87,8 @@ def concatenate(layouts: Sequence[SequenceLayout], total_length: int | None = No
     padding = 0 if total_length is None else total_length - sum(lengths)
     if padding < 0:
         raise ValueError(f"layouts of {sum(lengths)} tokens do not fit into total_length={total_length}")
+    if len(layouts) == 1 and not padding:
+        return layouts[0]
     positions = [layout.positions_3S for layout in layouts]
     device = positions[0].device if positions else torch.device("cpu")
     columns: list[list[Tensor]] = [[], [], [], []]
@@ -117,6 +119,8 @@ def concatenate(layouts: Sequence[SequenceLayout], total_length: int | None = No
 
 def trim(layout: SequenceLayout, length: int) -> SequenceLayout:
     """The first `length` tokens; what follows must be padding."""
+    if length == len(layout):
+        return layout
     it = layout.intervals
     blocks = it.blocks
     if blocks is not None:
