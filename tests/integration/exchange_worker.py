@@ -25,7 +25,7 @@ def main(last: str) -> None:
         return {"from": rank, "tokens": list(range(1000 * step))}
 
     for step in range(5):
-        got = exchange.share(lambda step=step: read(step))
+        got = exchange.from_first_rank(lambda step=step: read(step))
         assert got == {"from": rank // 2 * 2, "tokens": list(range(1000 * step))}
         assert exchange.gather(None) == []
         assert exchange.gather(f"{rank}" * rank if rank in (1, 3) else None) == ["1", "333"]
@@ -35,7 +35,7 @@ def main(last: str) -> None:
         raise DataError(f"rank {rank} cannot read")
 
     with pytest.raises(DataError, match=f"rank {rank // 2 * 2} cannot read"):
-        exchange.share(broken)
+        exchange.from_first_rank(broken)
 
     # The data threads run beside collectives of the training step, on groups of their own.
     thread = threading.Thread(target=lambda: [exchange.gather(None) for _ in range(50)])

@@ -14,7 +14,7 @@ from laver_mcore.data.errors import DataError
 from laver_mcore.data.images.wanted import PixelMaker
 from laver_mcore.data.order.dialogues import Dialogues
 from laver_mcore.data.sequence.batch import Batch
-from laver_mcore.data.serve.assemble import ImageTask, Pictures, ReadTask, Texts, decode_here
+from laver_mcore.data.serve.assemble import ImageTask, ReadImages, ReadTask, TokenizedSamples, decode_here
 from laver_mcore.data.serve.device_copies import DeviceCopies, Sent
 from laver_mcore.data.serve.exchange import Exchange
 from laver_mcore.data.serve.quarantine import Quarantine
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
+class _Failures:
     """What went wrong on one rank in one step: samples and why, and an error that stops the run."""
 
     failures: dict[int, str]
@@ -33,13 +33,13 @@ class _Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Share:
+class _MicroBatch:
     """A micro-batch on its way: this rank's images are being worked on."""
 
     read: ReadTask
-    texts: Texts
+    texts: TokenizedSamples
     task: ImageTask
-    pictures: "Future[Pictures] | None"
+    pictures: "Future[ReadImages] | None"
 
 
 class StepMaker:
@@ -58,21 +58,21 @@ class StepMaker:
         self.plan, self.runner, self.exchange = plan, runner, exchange
         self._make_pixels, self._make_targets = make_pixels, make_targets
         self._dialogues, self._quarantine = dialogues, quarantine
-        self._reading: dict[int, list[Future[Texts]]] = {}
+        self._reading: dict[int, list[Future[TokenizedSamples]]] = {}
 
-    def read(self, step: int, ahead: range) -> list[_Share]:
+    def read(self, step: int, ahead: range) -> list[_MicroBatch]:
         """The step's samples, with the work on its images begun; reading of the steps in `ahead` begins as well."""
 
-        def make() -> list[Texts]:
+        def read_here() -> list[TokenizedSamples]:
             for number in (step, *ahead) if self.runner.concurrent else (step,):
                 if number not in self._reading:
                     self._reading[number] = [self.runner.submit(task) for task in self.plan.reads(number)]
             return [future.result() for future in self._reading.pop(step)]
 
-        texts = self.exchange.share(make)
+        texts = self.exchange.from_first_rank(read_here)
         return [self._begin(*part) for part in zip(self.plan.reads(step), texts, strict=True)]
 
-    def make(self, step: int, reading: "Future[list[_Share]]") -> list[Batch]:
+    def make(self, step: int, reading: "Future[list[_MicroBatch]]") -> list[Batch]:
         """The batches of a step. A sample that fails on any rank is blank on all that hold it.
 
         DataError on every rank alike when one of them has an error, or too many samples are bad.
@@ -88,19 +88,21 @@ class StepMaker:
                 else share
                 for share in shares
             ]
-            ready: Future[list[_Share]] = Future()
+            ready: Future[list[_MicroBatch]] = Future()
             ready.set_result(shares)
             shares, found, batches = self._finish(ready)
         return batches
 
-    def _begin(self, read: ReadTask, texts: Texts) -> _Share:
+    def _begin(self, read: ReadTask, texts: TokenizedSamples) -> _MicroBatch:
         task = self.plan.images(read, texts)
         pictures = self.runner.submit(task) if self.plan.decodes else None
-        return _Share(read=read, texts=texts, task=task, pictures=pictures)
+        return _MicroBatch(read=read, texts=texts, task=task, pictures=pictures)
 
-    def _finish(self, reading: "Future[list[_Share]]") -> tuple[list[_Share], _Found | None, list[Batch]]:
+    def _finish(
+        self, reading: "Future[list[_MicroBatch]]"
+    ) -> tuple[list[_MicroBatch], _Failures | None, list[Batch]]:
         """Pixels and batches, or what went wrong: an error is for all ranks to know before it is raised."""
-        shares: list[_Share] = []
+        shares: list[_MicroBatch] = []
         failures: dict[int, str] = {}
         try:
             shares = reading.result()
@@ -108,23 +110,23 @@ class StepMaker:
             for share, pictures in zip(shares, finished, strict=True):
                 failures |= share.texts.failures | (pictures.failures if pictures is not None else {})
             if failures:
-                return shares, _Found(failures=failures), []
+                return shares, _Failures(failures=failures), []
             parts = zip(shares, finished, strict=True)
             return shares, None, [self.plan.collate(share.texts, pictures) for share, pictures in parts]
         except DataError as error:
-            return shares, _Found(failures={}, error=str(error)), []
+            return shares, _Failures(failures={}, error=str(error)), []
         except Exception as error:
             logger.debug("step data", exc_info=True)
-            return shares, _Found(failures={}, error=repr(error)), []
+            return shares, _Failures(failures={}, error=repr(error)), []
 
-    def _pixels(self, share: _Share) -> Pictures | None:
+    def _pixels(self, share: _MicroBatch) -> ReadImages | None:
         if share.pictures is None:
             return None
         assert self._make_pixels is not None
         pictures, owners = share.pictures.result(), share.task.owners
         return decode_here(pictures, owners, self._make_pixels, self._make_targets)
 
-    def _judge(self, everyones: Sequence[_Found], own: _Found | None) -> None:
+    def _judge(self, everyones: Sequence[_Failures], own: _Failures | None) -> None:
         """List what failed; DataError if that stops the run. Every rank hears the same, so all raise the same."""
         for each in everyones:
             if each.error is not None:
@@ -165,7 +167,7 @@ class Ahead:
             return self._copies.receive(batches)
         return batches
 
-    def _make(self, step: int, reading: "Future[list[_Share]]") -> list[Batch] | Sent:
+    def _make(self, step: int, reading: "Future[list[_MicroBatch]]") -> list[Batch] | Sent:
         batches = self._maker.make(step, reading)
         return batches if self._copies is None else self._copies.send(batches)
 

@@ -16,11 +16,11 @@ from laver_mcore.data.images.wanted import PixelMaker, WantedImage
 from laver_mcore.data.order.dialogues import Dialogues, DialogueSample
 from laver_mcore.data.sequence.prompt import IGNORE, EncodedSample
 
-Progress = Callable[[int], None]
+Announce = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tools:
+class Readers:
     """What tasks work with; without `make_pixels` images are read and decoded elsewhere."""
 
     dialogues: Dialogues
@@ -30,7 +30,7 @@ class Tools:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Texts:
+class TokenizedSamples:
     """A micro-batch's samples as tokens; `failures` says why some are blank."""
 
     samples: tuple[DialogueSample, ...]
@@ -38,7 +38,7 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Pictures:
+class ReadImages:
     """A rank's share of a micro-batch's images, as pixels or as encoded bytes.
 
     `failures` are samples (numbers) with an image that could not be read, and why.
@@ -61,18 +61,18 @@ class ReadTask:
         """The same task without a sample that cannot be read."""
         return replace(self, lost={**self.lost, number: why})
 
-    def run(self, tools: Tools, at: Progress) -> Texts:
+    def run(self, readers: Readers, at: Announce) -> TokenizedSamples:
         samples = []
         for number in self.members:
             at(number)
             lost = number in self.lost
-            samples.append(blank(tools.dialogues, number) if lost else tools.dialogues.read(number))
-        return Texts(samples=tuple(samples), failures=dict(self.lost))
+            samples.append(blank(readers.dialogues, number) if lost else readers.dialogues.read(number))
+        return TokenizedSamples(samples=tuple(samples), failures=dict(self.lost))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTask:
-    """Read images, and decode them where the tools can; `owners` are the samples that they belong to."""
+    """Read images, and decode them where the readers can; `owners` are the samples that they belong to."""
 
     images: tuple[WantedImage, ...]
     owners: tuple[int, ...]
@@ -84,13 +84,13 @@ class ImageTask:
         images, owners = tuple(i for i, _ in kept), tuple(o for _, o in kept)
         return ImageTask(images=images, owners=owners, lost={**self.lost, number: why})
 
-    def run(self, tools: Tools, at: Progress) -> Pictures:
-        if tools.make_pixels is None:
+    def run(self, readers: Readers, at: Announce) -> ReadImages:
+        if readers.make_pixels is None:
             return self._read(at)
-        targets = [] if tools.make_targets is None else [tools.make_targets]
-        return self._decode([tools.make_pixels, *targets], at)
+        targets = [] if readers.make_targets is None else [readers.make_targets]
+        return self._decode([readers.make_pixels, *targets], at)
 
-    def _decode(self, makers: Sequence[PixelMaker], at: Progress) -> Pictures:
+    def _decode(self, makers: Sequence[PixelMaker], at: Announce) -> ReadImages:
         # One by one, so that a hang has a name; the empty call gives the shape where there is no image.
         parts, failures = [[make([])[0]] for make in makers], dict(self.lost)
         for image, owner in zip(self.images, self.owners, strict=True):
@@ -101,9 +101,9 @@ class ImageTask:
                 for why in failed.values():
                     failures.setdefault(owner, why)
         whole, *targets = (torch.cat(made).numpy() for made in parts)
-        return Pictures(pixels=whole, targets=targets[0] if targets else None, failures=failures)
+        return ReadImages(pixels=whole, targets=targets[0] if targets else None, failures=failures)
 
-    def _read(self, at: Progress) -> Pictures:
+    def _read(self, at: Announce) -> ReadImages:
         loaded, failures = [], dict(self.lost)
         for image, owner in zip(self.images, self.owners, strict=True):
             at(owner)
@@ -113,7 +113,7 @@ class ImageTask:
                 failures.setdefault(owner, str(error))
                 data = b""
             loaded.append(replace(image, source=LoadedImage(str(image.source), data)))
-        return Pictures(images=tuple(loaded), failures=failures)
+        return ReadImages(images=tuple(loaded), failures=failures)
 
 
 Task = ReadTask | ImageTask
@@ -127,12 +127,12 @@ def blank(dialogues: Dialogues, number: int) -> DialogueSample:
 
 
 def decode_here(
-    pictures: Pictures,
+    pictures: ReadImages,
     owners: Sequence[int],
     make_pixels: PixelMaker,
     make_targets: PixelMaker | None = None,
-) -> Pictures:
-    """Pictures whose bytes a worker has read, decoded all at once; not when some could not even be read."""
+) -> ReadImages:
+    """ReadImages whose bytes a worker has read, decoded all at once; not when some could not even be read."""
     if pictures.pixels is not None or pictures.failures:
         return pictures
     pixels, failed = make_pixels(pictures.images)
@@ -143,4 +143,4 @@ def decode_here(
     failures: dict[int, str] = {}
     for position, why in failed.items():
         failures.setdefault(owners[position], why)
-    return Pictures(pixels=pixels, targets=targets, failures=failures)
+    return ReadImages(pixels=pixels, targets=targets, failures=failures)

@@ -37,7 +37,7 @@ class Exchange(Protocol):
 
     reads: bool
 
-    def share(self, make: Callable[[], T]) -> T:
+    def from_first_rank(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first rank of this model replica; the others do not call it.
 
         Its exception is raised on all of them.
@@ -58,7 +58,7 @@ class Alone:
 
     reads = True
 
-    def share(self, make: Callable[[], T]) -> T:
+    def from_first_rank(self, make: Callable[[], T]) -> T:
         return make()
 
     def gather(self, value: T | None) -> Sequence[T]:
@@ -93,7 +93,7 @@ class _Gloo:
         self.reads = replica.rank() == 0
         self._closing = threading.Event()
 
-    def share(self, make: Callable[[], T]) -> T:
+    def from_first_rank(self, make: Callable[[], T]) -> T:
         if self._replica.size() == 1:
             return make()
         made: tuple[Any, Exception | None] | None = None

@@ -32,12 +32,12 @@ from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.data.sequence.prompt import DEFAULT_SYSTEM_PROMPT
 from laver_mcore.data.sequence.tokenizer import Tokenizer
 from laver_mcore.data.serve.ahead import Ahead, StepMaker
-from laver_mcore.data.serve.assemble import Tools
+from laver_mcore.data.serve.assemble import Readers
 from laver_mcore.data.serve.device_copies import DeviceCopies
 from laver_mcore.data.serve.exchange import Alone, Exchange
 from laver_mcore.data.serve.quarantine import Quarantine
 from laver_mcore.data.serve.steps import StepLayout, StepPlan
-from laver_mcore.data.serve.workers import Inline, Runner, WorkerPool, WorkerTask
+from laver_mcore.data.serve.workers import Inline, Runner, WorkerPool, WorkerSetup
 
 
 class DialogueData:
@@ -122,7 +122,7 @@ class DialogueData:
                 image_backend, image_processor, num_threads=decode_threads, decoded=decoded, device=device
             )
         self._make_targets = None if targets is None else targets.maker(decoded)
-        self._task = WorkerTask(
+        self._task = WorkerSetup(
             dialogues=self.samples,
             image_processor=image_processor,
             targets=targets,
@@ -207,7 +207,7 @@ class DialogueData:
         make_pixels, make_targets = self._make_pixels, self._make_targets
         if not self._task.decode:
             make_pixels = make_targets = None
-        return Inline(Tools(dialogues=self.samples, make_pixels=make_pixels, make_targets=make_targets))
+        return Inline(Readers(dialogues=self.samples, make_pixels=make_pixels, make_targets=make_targets))
 
     def _maker(self, layout: StepLayout, runner: Runner, exchange: Exchange) -> StepMaker:
         plan = self._plan(layout)

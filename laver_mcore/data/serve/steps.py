@@ -9,7 +9,7 @@ from laver_mcore.data.order.balance import assign_rows, image_shares
 from laver_mcore.data.order.dialogues import Dialogues
 from laver_mcore.data.order.rows import RowOrder
 from laver_mcore.data.sequence.batch import Batch, collate
-from laver_mcore.data.serve.assemble import ImageTask, Pictures, ReadTask, Texts, blank
+from laver_mcore.data.serve.assemble import ImageTask, ReadImages, ReadTask, TokenizedSamples, blank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class StepPlan:
             for rows in self.rows(step)[self._layout.dp_rank]
         ]
 
-    def images(self, read: ReadTask, texts: Texts) -> ImageTask:
+    def images(self, read: ReadTask, texts: TokenizedSamples) -> ImageTask:
         """This rank's share of a micro-batch's images; none where the layout says none."""
         owned = [
             (image, number)
@@ -80,7 +80,7 @@ class StepPlan:
         owned = owned[start:stop]
         return ImageTask(images=tuple(i for i, _ in owned), owners=tuple(number for _, number in owned))
 
-    def silence(self, read: ReadTask, texts: Texts, failed: frozenset[int]) -> Texts:
+    def silence(self, read: ReadTask, texts: TokenizedSamples, failed: frozenset[int]) -> TokenizedSamples:
         """The micro-batch with these samples blank, in their places."""
         samples = [
             blank(self._dialogues, number) if number in failed else sample
@@ -88,7 +88,7 @@ class StepPlan:
         ]
         return replace(texts, samples=tuple(samples), failures={})
 
-    def collate(self, texts: Texts, pictures: Pictures | None) -> Batch:
+    def collate(self, texts: TokenizedSamples, pictures: ReadImages | None) -> Batch:
         """The micro-batch; `pictures` hold pixels, or there are none."""
         pixels, targets = (None, None) if pictures is None else (pictures.pixels, pictures.targets)
         return collate(

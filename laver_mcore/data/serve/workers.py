@@ -30,7 +30,7 @@ from laver_mcore.data.images.decode import DecodedImages
 from laver_mcore.data.images.processors import ImageProcessor
 from laver_mcore.data.images.target_pixels import TargetSource
 from laver_mcore.data.order.dialogues import Dialogues
-from laver_mcore.data.serve.assemble import Task, Tools
+from laver_mcore.data.serve.assemble import Readers, Task
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Runner(Protocol):
     concurrent: bool
 
     def submit(self, task: Task) -> "Future[Any]":
-        """`Texts` or `Pictures`, in time."""
+        """`TokenizedSamples` or `ReadImages`, in time."""
 
     def close(self) -> None:
         """End everything; what is not done is cancelled."""
@@ -57,13 +57,13 @@ class Inline:
 
     concurrent = False
 
-    def __init__(self, tools: Tools) -> None:
-        self._tools = tools
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
 
     def submit(self, task: Task) -> "Future[Any]":
         future: Future[Any] = Future()
         try:
-            future.set_result(task.run(self._tools, lambda number: None))
+            future.set_result(task.run(self._readers, lambda number: None))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -73,7 +73,7 @@ class Inline:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerTask:
+class WorkerSetup:
     """What every worker is given once.
 
     `decode` says whether it turns images into pixels, or only reads them.
@@ -89,10 +89,10 @@ def _serve(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     torch.set_num_threads(1)
     try:
-        given: WorkerTask = pickle.loads(connection.recv_bytes())
+        given: WorkerSetup = pickle.loads(connection.recv_bytes())
         processor, targets = (given.image_processor, given.targets) if given.decode else (None, None)
         decoded = DecodedImages(max_bytes=0)
-        tools = Tools(
+        readers = Readers(
             dialogues=given.dialogues,
             make_pixels=None if processor is None else make_backend("pillow", processor, decoded=decoded),
             make_targets=None if targets is None else targets.maker(decoded),
@@ -102,7 +102,7 @@ def _serve(connection: Connection) -> None:
             task: Task = pickle.loads(connection.recv_bytes())
             answer: Any
             try:
-                answer = task.run(tools, lambda number: connection.send_bytes(pickle.dumps(int(number))))
+                answer = task.run(readers, lambda number: connection.send_bytes(pickle.dumps(int(number))))
             except Exception as error:
                 answer = error if isinstance(error, DataError) else RuntimeError(repr(error))
             connection.send_bytes(pickle.dumps(answer, protocol=5))
@@ -171,7 +171,7 @@ class WorkerPool:
 
     concurrent = True
 
-    def __init__(self, task: WorkerTask, num_workers: int, timeout: float = 30.0) -> None:
+    def __init__(self, task: WorkerSetup, num_workers: int, timeout: float = 30.0) -> None:
         self._payload, self._timeout = pickle.dumps(task), timeout
         self._tasks: queue.SimpleQueue[tuple[Task, Future[Any]] | None] = queue.SimpleQueue()
         self._closing, self._lock = threading.Event(), threading.Lock()

@@ -10,7 +10,7 @@ from corpora import encode, picture
 from laver_mcore.data.images.source import LoadedImage
 from laver_mcore.data.images.wanted import WantedImage
 from laver_mcore.data.sequence.prompt import IGNORE
-from laver_mcore.data.serve.assemble import ImageTask, Pictures, ReadTask, Tools, blank, decode_here
+from laver_mcore.data.serve.assemble import ImageTask, Readers, ReadImages, ReadTask, blank, decode_here
 
 PAD = 7
 OWNERS = (4, 4, 5, 6, 6)  # the samples that five images belong to
@@ -45,13 +45,13 @@ def one_number(wanted):
 
 
 @pytest.fixture
-def tools():
-    return Tools(dialogues=Dialogues(), make_pixels=one_number)
+def readers():
+    return Readers(dialogues=Dialogues(), make_pixels=one_number)
 
 
-def test_a_lost_sample_comes_out_blank_in_its_place(tools):
+def test_a_lost_sample_comes_out_blank_in_its_place(readers):
     touched = []
-    texts = ReadTask(members=(4, 5, 6)).without(5, "it hangs").run(tools, touched.append)
+    texts = ReadTask(members=(4, 5, 6)).without(5, "it hangs").run(readers, touched.append)
     assert touched == [4, 5, 6]
     assert texts.samples[0] == "read 4" and texts.samples[2] == "read 6"
     assert texts.samples[1].key == "s5"
@@ -66,10 +66,10 @@ def test_a_blank_sample_is_as_long_and_teaches_nothing():
     assert sample.encoded.image_spans == sample.images == ()
 
 
-def test_images_of_a_lost_sample_are_left_out_and_no_other(tools):
+def test_images_of_a_lost_sample_are_left_out_and_no_other(readers):
     task = ImageTask(images=images(), owners=OWNERS).without(4, "it hangs")
     assert task.owners == (5, 6, 6)
-    pictures = task.run(tools, lambda number: None)
+    pictures = task.run(readers, lambda number: None)
     assert pictures.pixels.ravel().tolist() == [2, 3, 4]
     assert pictures.failures == {4: "it hangs"}
 
@@ -84,12 +84,12 @@ def test_images_of_a_lost_sample_are_left_out_and_no_other(tools):
     ],
     ids=["none", "first", "alone", "several"],
 )
-def test_bad_images_are_their_samples_fault(bad, failures, tools):
+def test_bad_images_are_their_samples_fault(bad, failures, readers):
     touched = []
-    pictures = ImageTask(images=images(*bad), owners=OWNERS).run(tools, touched.append)
+    pictures = ImageTask(images=images(*bad), owners=OWNERS).run(readers, touched.append)
     assert touched == list(OWNERS)
     assert pictures.failures == failures
-    here = decode_here(Pictures(images=images(*bad), failures={}), OWNERS, one_number)
+    here = decode_here(ReadImages(images=images(*bad), failures={}), OWNERS, one_number)
     assert here.failures == failures
     assert pictures.pixels.ravel().tolist() == here.pixels.ravel().tolist() == [0, 1, 2, 3, 4]
 

@@ -10,7 +10,7 @@ from corpora import encode, picture, write_llava
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images.processors import PatchImageProcessor
 from laver_mcore.data.sequence.prompt import IGNORE
-from laver_mcore.data.serve.assemble import Tools
+from laver_mcore.data.serve.assemble import Readers
 from laver_mcore.data.serve.loader import DialogueData
 from laver_mcore.data.serve.steps import StepLayout
 from laver_mcore.data.serve.workers import Inline
@@ -107,7 +107,7 @@ class Threads:
         self.reads = rank % replica_size == 0
         self.num_reads = 0
 
-    def share(self, make):
+    def from_first_rank(self, make):
         first = self._rank - self._rank % self._size
         if self._rank == first:
             self.num_reads += 1
@@ -229,7 +229,7 @@ def test_an_error_on_one_rank_stops_all(damaged, hugging_face, monkeypatch):
             raise MemoryError("no room")
         return original(images)
 
-    ranks[3]._inline = lambda: Inline(Tools(dialogues=ranks[3].samples, make_pixels=failing))
+    ranks[3]._inline = lambda: Inline(Readers(dialogues=ranks[3].samples, make_pixels=failing))
     answers, _ = run_ranks(ranks, 20)
     assert len({len(of_rank) for of_rank in answers}) == 1
     assert all("no room" in str(of_rank[-1]) for of_rank in answers)

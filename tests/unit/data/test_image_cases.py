@@ -1,4 +1,4 @@
-"""Pictures that people have, through every backend and reader: one rule, or refused with the file's name."""
+"""ReadImages that people have, through every backend and reader: one rule, or refused with the file's name."""
 
 import io
 import struct
