@@ -1,9 +1,15 @@
 """Test helpers are importable by their folder's name: `from sample_run import ...`, `from integration.harness ...`."""
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# On a machine with GPUs the tests of process groups are about gloo all the same; those of GPUs are asked for by name
+# (`make gpu-test`). Set before torch is imported, for this process and those that it starts.
+if not any("tests/gpu" in argument for argument in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Hooks: what is slow, and a last line for every group of tests that did not run.
 from not_run import (  # noqa: F401

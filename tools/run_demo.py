@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 
 from laver_mcore.demo.report import write_report
@@ -36,8 +37,8 @@ class Arguments:
     """Folder of all runs and of the report; emptied first."""
     data: Path = Path("data/demo")
     """Folder of the demo's data; written if it is not there."""
-    tensor_model_parallel_size: int = 2
-    """Processes, each with half of every layer."""
+    tensor_model_parallel_size: int | None = None
+    """Processes, each with its part of every layer: two, or one on a machine with a single GPU."""
     short: bool = False
     """A tenth of the steps, to see that everything runs."""
 
@@ -62,8 +63,13 @@ def _prepare(arguments: Arguments) -> None:
         is_short.unlink(missing_ok=True)
 
 
+def ranks_for(num_gpus: int) -> int:
+    """How many processes share the demo's model."""
+    return min(2, num_gpus or 2)
+
+
 def _torchrun(arguments: Arguments, *command: str) -> None:
-    ranks = str(arguments.tensor_model_parallel_size)
+    ranks = str(arguments.tensor_model_parallel_size or ranks_for(torch.cuda.device_count()))
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
     _run(*launcher, *command, "--tensor-model-parallel-size", ranks)
 

@@ -209,6 +209,7 @@ def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     step tensor, which torch would then advance once per parameter: each gets its own.
     """
     parts = _distributed(optimizer)
+    _count_in_whole_steps(state)
     if not parts:
         optimizer.load_state_dict(state)
         _use_fused_adam(optimizer)  # the saved groups may say otherwise
@@ -221,6 +222,13 @@ def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     for parameter, step in steps.items():
         part.optimizer.state[parameter]["step"] = step.to(parameter.device, torch.float32, copy=True)
     _use_fused_adam(optimizer)
+
+
+def _count_in_whole_steps(state: Any) -> None:
+    """torch's Adam counts its steps in a float, which Megatron saves; Transformer Engine's and apex's want an int."""
+    for group in state.get("optimizer", {}).get("param_groups", []):
+        if isinstance(group.get("step"), float):
+            group["step"] = int(group["step"])
 
 
 def weight_buckets(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> list[Bucket]:

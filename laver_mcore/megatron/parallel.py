@@ -13,6 +13,7 @@ from megatron.core import parallel_state as mpu
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import ParallelConfig
 from laver_mcore.megatron import cpu
+from laver_mcore.megatron.devices import DeviceFacts, check_devices
 from laver_mcore.megatron.environment import check_environment
 from laver_mcore.processes import end_with_parent
 
@@ -96,6 +97,7 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     # TP overlap and deterministic ordering of kernels rely on a single hardware queue (Megatron's own rule).
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    check_devices(int(os.environ["LOCAL_RANK"]), DeviceFacts.found())
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -4,7 +4,9 @@ Transformer Engine's layers are used where it is installed; otherwise Megatron's
 give the same parameter keys in checkpoints, so that a run may move between them.
 """
 
+import functools
 import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -23,18 +25,37 @@ from laver_mcore.model.lora import Lora, LoraColumnParallelLinear, LoraRowParall
 from laver_mcore.model.mixed_attention import MixedAttention
 from laver_mcore.model.norm import RMSNorm
 
+logger = logging.getLogger(__name__)
+
 FP8_CAPABILITY = (8, 9)
 """The oldest CUDA compute capability whose tensor cores multiply e4m3."""
 
 
 def use_transformer_engine(transformer_impl: str) -> bool:
-    """Whether layers come from Transformer Engine; `ConfigError` when it is demanded and missing."""
-    installed = importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
-    if transformer_impl == "transformer_engine" and not installed:
-        raise ConfigError(
-            "transformer_impl=transformer_engine, but it is not installed here (or there is no GPU)"
+    """Whether layers come from Transformer Engine; `ConfigError` when it is demanded and does not load."""
+    if transformer_impl == "local":
+        return False
+    lacking = transformer_engine_lacks()
+    if transformer_impl == "transformer_engine" and lacking:
+        raise ConfigError(f"transformer_impl=transformer_engine, but {lacking}")
+    return lacking is None
+
+
+@functools.cache
+def transformer_engine_lacks() -> str | None:
+    """Why Transformer Engine's layers cannot be used here; None where they can. Said once where it is installed."""
+    if importlib.util.find_spec("transformer_engine") is None or not torch.cuda.is_available():
+        return "it is not installed here (or there is no GPU)"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # a missing library, another ABI, another CUDA: whatever its loading provokes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.warning(
+            "Transformer Engine cannot be loaded (%s); Megatron's local layers instead",
+            reason,
         )
-    return installed and transformer_impl != "local"
+        return f"it cannot be loaded here ({reason})"
+    return None
 
 
 def transformer_config(config: Config) -> TransformerConfig:

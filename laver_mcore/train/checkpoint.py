@@ -28,7 +28,7 @@ from laver_mcore.megatron.optimizer import allocate_state, coalesced_offsets, lo
 from laver_mcore.megatron.publishing import check_finite, check_space, own_writers, publish, writing
 from laver_mcore.megatron.unpickling import reading
 from laver_mcore.train.engine import Engine
-from laver_mcore.train.saved_weights import metadata, model_state, open_newest
+from laver_mcore.train.saved_weights import metadata, model_state, open_newest, put_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,7 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
     with reading(folder):
         loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(engine.chunks):
-        chunk.load_state_dict(loaded[f"model{i}"], strict=not without_frozen)
+        put_weights(chunk, loaded[f"model{i}"], whole=not without_frozen)
     if "optimizer" in loaded:
         load_state(engine.optimizer, loaded["optimizer"])
     if engine.teacher is not None:

@@ -19,6 +19,8 @@ from laver_mcore.model.vision_language import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
 
+EXTRA_STATE = "_extra_state"
+
 
 def metadata() -> dict[str, Any]:
     """How Megatron lays out what it saves; a new one each time, for Megatron writes its process groups into it."""
@@ -31,18 +33,32 @@ def metadata() -> dict[str, Any]:
 
 
 def model_state(chunks: list[VisionLanguageModel], without_frozen: bool = False) -> dict[str, Any]:
-    """Every chunk's weights; `without_frozen` leaves out the decoder's own, beside which LoRA's adapters stand."""
+    """Every chunk's weights; `without_frozen` leaves out the decoder's own, beside which LoRA's adapters stand.
+
+    So does what Transformer Engine's modules keep for fp8 (`_extra_state`), which is empty without it: a checkpoint
+    does not show which layers computed it.
+    """
     states = {f"model{i}": chunk.sharded_state_dict(metadata=metadata()) for i, chunk in enumerate(chunks)}
-    if not without_frozen:
-        return states
     return {
-        chunk: {
-            name: item
-            for name, item in state.items()
-            if not name.startswith("language_model.") or name.endswith(ADAPTERS)
-        }
+        chunk: {k: v for k, v in state.items() if _is_kept(k, without_frozen)}
         for chunk, state in states.items()
     }
+
+
+def _is_kept(name: str, without_frozen: bool) -> bool:
+    if name.endswith(EXTRA_STATE):
+        return False
+    return not without_frozen or not name.startswith("language_model.") or name.endswith(ADAPTERS)
+
+
+def put_weights(chunk: VisionLanguageModel, loaded: dict[str, Any], *, whole: bool) -> None:
+    """Take loaded weights over; `CheckpointError` names what is missing of the `whole` model, or does not fit."""
+    missing, unexpected = chunk.load_state_dict(loaded, strict=False)
+    missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
+    if unexpected or (whole and missing):
+        raise CheckpointError(
+            f"the checkpoint is of another model: {(unexpected or missing)[0]} does not fit"
+        )
 
 
 def open_newest(
@@ -109,6 +125,6 @@ def load_weights(
     with reading(folder):
         loaded = dist_checkpointing.load(model, str(folder))
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{i}"], strict=not (fresh or common.get("without_frozen")))
+        put_weights(chunk, loaded[f"model{i}"], whole=not (fresh or common.get("without_frozen")))
         fill_new_rows(chunk, common["identity"]["vocab_size"], vocab_size)
     return sorted(fresh)

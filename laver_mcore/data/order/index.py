@@ -161,7 +161,10 @@ def _locked(target: Path) -> Iterator[bool]:
         yield False
         return
     with file:  # closing it unlocks it; it stays, for deleting it would let two processes hold it
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # Lustre without -o flock: two runs that start together measure twice
+            logger.warning("%s: cannot be locked here (%s)", file.name, error.strerror)
         yield True
 
 
