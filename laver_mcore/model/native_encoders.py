@@ -21,6 +21,13 @@ from torch import nn
 
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.device import send
+from laver_mcore.model.tower_weights import (
+    account,
+    first_line,
+    from_config,
+    refuse_non_finite,
+    stored_tensors,
+)
 from laver_mcore.model.vision_encoders import read_config_file
 
 Grids = Sequence[tuple[int, int]]
@@ -32,7 +39,12 @@ class _Tower(NamedTuple):
     config: str
     model_types: tuple[str, ...]  # `model_type` of a whole checkpoint and of its vision half
     prefix: str  # of the tower's weights inside a whole checkpoint
+    other_parts: tuple[str, ...]  # beginnings of names there that are not the tower's
 
+
+_DECODER = (
+    "lm_head.", "language_model.", "model.language_model.", "model.layers.", "model.embed_tokens.", "model.norm.",
+)  # fmt: skip
 
 NATIVE: dict[str, _Tower] = {
     "qwen2-vl": _Tower(
@@ -41,6 +53,7 @@ NATIVE: dict[str, _Tower] = {
         "Qwen2VLVisionConfig",
         ("qwen2_vl", "qwen2_vl_vision"),
         "visual.",
+        _DECODER,
     ),
     "qwen2.5-vl": _Tower(
         "qwen2_5_vl",
@@ -48,9 +61,22 @@ NATIVE: dict[str, _Tower] = {
         "Qwen2_5_VLVisionConfig",
         ("qwen2_5_vl", "qwen2_5_vl_vision"),
         "visual.",
+        _DECODER,
     ),
     "aimv2": _Tower(
-        "aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", ("aimv2", "aimv2_vision_model"), "vision_model."
+        "aimv2",
+        "Aimv2VisionModel",
+        "Aimv2VisionConfig",
+        ("aimv2", "aimv2_vision_model"),
+        "vision_model.",
+        (
+            "text_model.",
+            "text_projection.",
+            "visual_projection.",
+            "logit_scale",
+            "vision_model.head.",
+            "head.",
+        ),
     ),
 }
 
@@ -152,12 +178,13 @@ def build_native_encoder(
     package = f"transformers.models.{spec.package}"
     config_class = getattr(import_module(f"{package}.configuration_{spec.package}"), spec.config)
     model_class = getattr(import_module(f"{package}.modeling_{spec.package}"), spec.model)
-    settings = config_class(**read_native_config(path, kind))
+    file = Path(path) / "config.json"
+    settings = from_config(config_class, read_native_config(path, kind), file)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         meta = torch.device(device).type == "meta"
         with torch.device("meta" if meta else "cpu"):
-            tower = model_class(settings).to(dtype)
+            tower = from_config(model_class, settings, file).to(dtype)
     encoder: NativeEncoder = Aimv2Encoder(tower) if kind == "aimv2" else QwenEncoder(tower)
     if not random_init and not meta:
         _load_weights(encoder, Path(path), spec)
@@ -182,27 +209,13 @@ def _load_weights(encoder: NativeEncoder, path: Path, spec: _Tower) -> None:
     from safetensors import SafetensorError, safe_open
 
     wanted = dict(encoder.tower.named_parameters())
-    found = set()
-    files = sorted(path.glob("*.safetensors"))
-    for file in files:
+    shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
+    prefixes = ("model.", spec.prefix)
+    used = account(path, stored_tensors(path), shapes, prefixes=prefixes, other_parts=spec.other_parts)
+    for name, stored in used.items():
         try:
-            with safe_open(file, framework="pt") as opened, torch.no_grad():
-                for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    own = name.removeprefix("model.").removeprefix(spec.prefix)
-                    if own in wanted:
-                        tensor = opened.get_tensor(name)
-                        if tensor.shape != wanted[own].shape or not tensor.is_floating_point():
-                            raise ConfigError(
-                                f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, its config.json asks for "
-                                f"{list(wanted[own].shape)}"
-                            )
-                        wanted[own].copy_(tensor)
-                        found.add(own)
+            with safe_open(stored.file, framework="pt") as opened, torch.no_grad():
+                wanted[name].copy_(opened.get_tensor(stored.name))
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise ConfigError(f"{file}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    missing = sorted(set(wanted) - found)
-    if missing:
-        raise ConfigError(
-            f"{path}: {len(missing)} weights of the vision tower are missing, {missing[0]!r} among them; "
-            "use a checkpoint that holds the tower, or vision_random_init"
-        )
+            raise ConfigError(f"{stored.file}: cannot be loaded ({first_line(error)})") from None
+    refuse_non_finite(wanted, used)

@@ -21,6 +21,13 @@ import torch
 from torch import nn
 
 from laver_mcore.config.errors import ConfigError
+from laver_mcore.model.tower_weights import (
+    account,
+    first_line,
+    from_config,
+    refuse_non_finite,
+    stored_tensors,
+)
 
 Select = Literal["patch", "cls_patch"]
 
@@ -56,6 +63,11 @@ _TOWERS: dict[str, _Tower] = {
     ),
     "dinov2": _Tower("Dinov2Model", "Dinov2Config", ("dinov2",), "layer", "layernorm", True, True),
 }
+
+_OTHER_PARTS = (
+    "text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias", "classifier.",
+)  # fmt: skip
+"""Beginnings of names in a whole checkpoint that are not its vision tower's."""
 
 
 class VisionEncoder(nn.Module):
@@ -170,8 +182,7 @@ def build_vision_encoder(
     device = torch.device(device if device is not None else "cpu")
     model_class = getattr(transformers, spec.model)
     if path is not None and not random_init and device.type != "meta":
-        read_config(path, kind)
-        tower = _from_pretrained(model_class, Path(path), dtype)
+        tower = _from_pretrained(kind, model_class, Path(path), dtype)
     else:
         if config is None:
             if path is None:
@@ -179,21 +190,27 @@ def build_vision_encoder(
                     f"a {kind} tower needs vision_path, a Hugging Face directory with its config.json"
                 )
             config = read_config(path, kind)
-        tower_config = getattr(transformers, spec.config)(**config)
+        where = None if path is None else Path(path) / "config.json"
+        tower_config = from_config(getattr(transformers, spec.config), config, where)
         with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
             torch.manual_seed(seed)
-            tower = model_class(tower_config).to(dtype)
+            tower = from_config(model_class, tower_config, where).to(dtype)
     return VisionEncoder(kind, tower, layer=layer, select=select).to(device)
 
 
 def read_config_file(file: Path) -> dict[str, Any]:
     """Return the JSON object of a tower's `config.json`; ConfigError if it is missing or broken."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
         raise ConfigError(f"{file}: no such file; vision_path must be a Hugging Face directory") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: broken JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file}: wanted a JSON mapping, got {type(settings).__name__}")
+    if not isinstance(settings.get("vision_config", {}), dict):
+        raise ConfigError(f"{file}: vision_config={settings['vision_config']!r} is no mapping of settings")
+    return settings
 
 
 def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
@@ -234,25 +251,25 @@ def _spec(kind: str) -> _Tower:
     return _TOWERS[kind]
 
 
-def _from_pretrained(model_class: Any, path: Path, dtype: torch.dtype) -> nn.Module:
+def _from_pretrained(kind: str, model_class: Any, path: Path, dtype: torch.dtype) -> nn.Module:
+    """Load a tower whose every weight is the files' own: what transformers passes over or fills in is refused first."""
+    import transformers
+
+    file = path / "config.json"
+    config = from_config(getattr(transformers, _spec(kind).config), read_config(path, kind), file)
+    with torch.device("meta"):
+        empty = from_config(model_class, config, file)
+    expected = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
+    used = account(
+        path, stored_tensors(path), expected, prefixes=("vision_model.", "dinov2."), other_parts=_OTHER_PARTS
+    )
     try:
-        tower, report = model_class.from_pretrained(
-            str(path),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+        tower = model_class.from_pretrained(
+            str(path), dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever a truncated, empty or ill-fitting file provokes in transformers
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise ConfigError(f"{path}: cannot be loaded ({reason}); weights must be safetensors files") from None
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ConfigError(
-            f"{path}: {len(missing)} weights of the vision tower are missing, {missing[0]!r} among them; "
-            "use a checkpoint that holds the tower, or vision_random_init"
-        )
+    except Exception as error:  # whatever an ill-fitting file provokes in transformers
+        raise ConfigError(f"{path}: cannot be loaded ({first_line(error)})") from None
+    refuse_non_finite(dict(tower.named_parameters()), used)
     # transformers hands models over in eval mode; a trained tower is set to train by whoever trains it.
     return tower
 
