@@ -3,7 +3,8 @@
     torchrun tools/evaluate.py --checkpoint DIR --data FILE
 
 Each question of a dialogue is answered by itself after the right answers to the ones before it. Writes one JSON line
-per question: key, image, question, expected, answer.
+per question: key, image, question, expected, answer. A question with a broken picture has `error` and an empty answer;
+where no question can be answered the exit status is 2.
 """
 
 import json
@@ -43,6 +44,7 @@ class Arguments:
 
 def evaluate(arguments: Arguments, configs: list[Config]) -> None:
     """Answer all questions with every run and write them on the last rank."""
+    from laver_mcore.data.errors import DataError
     from laver_mcore.data.records.conversation import load_records
     from laver_mcore.megatron import parallel
     from laver_mcore.train.build import (
@@ -53,7 +55,10 @@ def evaluate(arguments: Arguments, configs: list[Config]) -> None:
     )
     from laver_mcore.validation.answers import Reader, answer, questions_of
 
-    samples = load_records(arguments.data, arguments.image_folder or Path(arguments.data).parent)
+    folder_of_images = arguments.image_folder or Path(arguments.data).parent
+    samples = load_records(
+        arguments.data, folder_of_images, check_files=False
+    )  # one that is gone costs its answer
     device = parallel.init_distributed()
     for folder, config in zip(arguments.checkpoint, configs, strict=True):
         tokenizer, processor = build_tokenizer(config), build_image_processor(config)
@@ -66,6 +71,14 @@ def evaluate(arguments: Arguments, configs: list[Config]) -> None:
             max_new_tokens=arguments.max_new_tokens,
         )
         rows = answer(questions_of(samples), network, reader, speaks=topology.is_last_rank)
+        broken = [row for row in rows if "error" in row]
+        if len(broken) == len(rows):
+            raise DataError(
+                f"no question can be answered: {broken[0]['error'] if broken else 'there is none'}"
+            )
+        if broken and topology.is_last_rank:
+            first = broken[0]["error"]
+            print(f"{len(broken)} of {len(rows)} questions have a broken picture: {first}", file=sys.stderr)
         if topology.is_last_rank:
             single = len(configs) == 1 and Path(arguments.output).parent != Path(".")
             path = Path(arguments.output) if single else Path(folder) / arguments.output

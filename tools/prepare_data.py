@@ -25,9 +25,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--input", type=Path, help="JSON / JSONL file, parquet file, or folder of parquet files"
+        "--input", type=Path, help="JSON / JSONL file; parquet, Arrow or tar file, or a folder of them"
     )
-    parser.add_argument("--format", choices=("llava", "llava-onevision", "finevision"))
+    parser.add_argument("--format", choices=("llava", "llava-onevision", "finevision", "webdataset"))
     parser.add_argument("--output", type=Path, required=True, help="folder of the prepared set")
     parser.add_argument("--image-folder", type=Path, help="what image paths are relative to (llava)")
     parser.add_argument("--check", action="store_true", help="read the prepared set whole and verify it")

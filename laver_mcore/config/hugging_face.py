@@ -30,7 +30,7 @@ def read_config_json(directory: str | Path, wanted: str = "a Hugging Face direct
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
         raise ConfigError(f"{file}: no such file; give {wanted}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: broken JSON ({error})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: wanted a JSON mapping, got {type(content).__name__}")

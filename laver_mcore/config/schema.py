@@ -48,8 +48,8 @@ class DataConfig:
     """How dialogues are written: chatml, vicuna, llama2, llama3, or a Jinja file; the tokenizer's own if not given."""
     seq_length: int = 2048
     """Tokens of one packed row; no dialogue may be longer."""
-    overlong: Literal["error", "drop"] = "error"
-    """What to do with a dialogue longer than seq_length."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What to do with a dialogue longer than seq_length; truncate leaves whole turns at its end out."""
     min_relevance: int | None = None
     """FineVision parquet: questions rated below this (1 to 5) are left out; prepared shards had their own filter."""
     min_visual_dependency: int | None = None

@@ -22,6 +22,13 @@ from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.towers import tower_named
 from laver_mcore.config.towers.spec import TowerSpec
 from laver_mcore.device import send
+from laver_mcore.model.tower_weights import (
+    account,
+    first_line,
+    from_config,
+    refuse_non_finite,
+    stored_tensors,
+)
 from laver_mcore.model.vision_encoders import read_config, transformers_classes
 
 Grids = Sequence[tuple[int, int]]
@@ -126,12 +133,13 @@ def build_native_encoder(
     """Build a tower from a Hugging Face directory; ValueError if directory and kind disagree."""
     tower_spec = tower_named(kind)
     model_class, settings_class = transformers_classes(tower_spec)
-    settings = settings_class(**read_config(path, kind))
+    file = Path(path) / "config.json"
+    settings = from_config(settings_class, read_config(path, kind), file)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         meta = torch.device(device).type == "meta"
         with torch.device("meta" if meta else "cpu"):
-            tower = model_class(settings).to(dtype)
+            tower = from_config(model_class, settings, file).to(dtype)
     encoder: NativeEncoder = ENCODERS[str(tower_spec.native)](tower)
     if not random_init and not meta:
         _load_weights(encoder, Path(path), tower_spec)
@@ -143,27 +151,13 @@ def _load_weights(encoder: NativeEncoder, path: Path, spec: TowerSpec) -> None:
     from safetensors import SafetensorError, safe_open
 
     wanted = dict(encoder.tower.named_parameters())
-    found = set()
-    files = sorted(path.glob("*.safetensors"))
-    for file in files:
+    shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
+    prefixes = ("model.", spec.weights_below)
+    used = account(path, stored_tensors(path), shapes, prefixes=prefixes, other_parts=spec.other_parts)
+    for name, stored in used.items():
         try:
-            with safe_open(file, framework="pt") as opened, torch.no_grad():
-                for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    own = name.removeprefix("model.").removeprefix(spec.weights_below)
-                    if own in wanted:
-                        tensor = opened.get_tensor(name)
-                        if tensor.shape != wanted[own].shape or not tensor.is_floating_point():
-                            raise ConfigError(
-                                f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, its config.json asks for "
-                                f"{list(wanted[own].shape)}"
-                            )
-                        wanted[own].copy_(tensor)
-                        found.add(own)
+            with safe_open(stored.file, framework="pt") as opened, torch.no_grad():
+                wanted[name].copy_(opened.get_tensor(stored.name))
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise ConfigError(f"{file}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    missing = sorted(set(wanted) - found)
-    if missing:
-        raise ConfigError(
-            f"{path}: {len(missing)} weights of the vision tower are missing, {missing[0]!r} among them; "
-            "use a checkpoint that holds the tower, or vision_random_init"
-        )
+            raise ConfigError(f"{stored.file}: cannot be loaded ({first_line(error)})") from None
+    refuse_non_finite(wanted, used)

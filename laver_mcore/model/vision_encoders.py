@@ -24,6 +24,13 @@ from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.hugging_face import read_config_json
 from laver_mcore.config.towers import known_towers, tower_named, towers_of_type
 from laver_mcore.config.towers.spec import TowerSpec
+from laver_mcore.model.tower_weights import (
+    account,
+    first_line,
+    from_config,
+    refuse_non_finite,
+    stored_tensors,
+)
 
 Select = Literal["patch", "cls_patch"]
 
@@ -139,8 +146,7 @@ def build_vision_encoder(
     device = torch.device(device if device is not None else "cpu")
     model_class, settings_class = transformers_classes(spec)
     if path is not None and not random_init and device.type != "meta":
-        read_config(path, kind)
-        tower = _from_pretrained(model_class, Path(path), dtype)
+        tower = _from_pretrained(kind, model_class, Path(path), dtype)
     else:
         if config is None:
             if path is None:
@@ -148,10 +154,11 @@ def build_vision_encoder(
                     f"a {kind} tower needs vision_path, a Hugging Face directory with its config.json"
                 )
             config = read_config(path, kind)
-        tower_config = settings_class(**config)
+        where = None if path is None else Path(path) / "config.json"
+        tower_config = from_config(settings_class, config, where)
         with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
             torch.manual_seed(seed)
-            tower = model_class(tower_config).to(dtype)
+            tower = from_config(model_class, tower_config, where).to(dtype)
     return VisionEncoder(kind, tower, layer=layer, select=select).to(device)
 
 
@@ -176,7 +183,12 @@ def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
         raise ConfigError(
             f"{Path(path) / 'config.json'}: model_type={found!r}, wanted {' or '.join(map(repr, wanted))}; {fix}"
         )
-    return dict(whole.get("vision_config", whole))
+    settings = whole.get("vision_config", whole)
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"{Path(path) / 'config.json'}: vision_config={settings!r} is no mapping of settings"
+        )
+    return dict(settings)
 
 
 def read_patch_size(path: str | Path) -> int:
@@ -202,25 +214,23 @@ def _fixed(kind: str) -> TowerSpec:
     return tower
 
 
-def _from_pretrained(model_class: Any, path: Path, dtype: torch.dtype) -> nn.Module:
+def _from_pretrained(kind: str, model_class: Any, path: Path, dtype: torch.dtype) -> nn.Module:
+    """Load a tower whose every weight is the files' own: what transformers passes over or fills in is refused first."""
+    spec, file = tower_named(kind), path / "config.json"
+    config = from_config(transformers_classes(spec)[1], read_config(path, kind), file)
+    with torch.device("meta"):
+        empty = from_config(model_class, config, file)
+    expected = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
+    used = account(
+        path, stored_tensors(path), expected, prefixes=(spec.weights_below,), other_parts=spec.other_parts
+    )
     try:
-        tower, report = model_class.from_pretrained(
-            str(path),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+        tower = model_class.from_pretrained(
+            str(path), dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever a truncated, empty or ill-fitting file provokes in transformers
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise ConfigError(f"{path}: cannot be loaded ({reason}); weights must be safetensors files") from None
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ConfigError(
-            f"{path}: {len(missing)} weights of the vision tower are missing, {missing[0]!r} among them; "
-            "use a checkpoint that holds the tower, or vision_random_init"
-        )
+    except Exception as error:  # whatever an ill-fitting file provokes in transformers
+        raise ConfigError(f"{path}: cannot be loaded ({first_line(error)})") from None
+    refuse_non_finite(dict(tower.named_parameters()), used)
     # transformers hands models over in eval mode; a trained tower is set to train by whoever trains it.
     return tower
 

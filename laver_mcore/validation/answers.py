@@ -9,6 +9,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from laver_mcore import generate as generation
+from laver_mcore.data.errors import DataError
 from laver_mcore.data.images.decode import open_image
 from laver_mcore.data.images.processors import ImageProcessor
 from laver_mcore.data.records.sample import Sample
@@ -42,7 +43,7 @@ def questions_of(samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
 def answer(
     questions: Sequence[tuple[Sample, int]], network: Network, reader: Reader, *, speaks: bool = False
 ) -> list[dict[str, Any]]:
-    """One row per question, in order: key, image, question, expected, answer.
+    """One row per question, in order: key, image, question, expected, answer; `error` where an image is broken.
 
     Each is answered by itself, after the right answers to the ones before it. All ranks of a model replica take part
     and get the same rows; one that `speaks` shows its progress on a terminal.
@@ -50,15 +51,29 @@ def answer(
     rows = []
     starts = range(0, len(questions), reader.batch_size)
     for start in tqdm(starts, disable=None if speaks else True, unit="batch"):
-        part = questions[start : start + reader.batch_size]
-        prompts, images = [], []
-        for sample, index in part:
+        rows += _answer_together(questions[start : start + reader.batch_size], network, reader)
+    return rows
+
+
+def _answer_together(
+    questions: Sequence[tuple[Sample, int]], network: Network, reader: Reader
+) -> list[dict[str, Any]]:
+    """Rows of one batch; a question whose images cannot be read has `error` and no answer, and the others go on."""
+    prompts, images, errors = [], [], []
+    for sample, index in questions:
+        try:
+            # Every rank reads the same files, so all leave out the same questions.
             opened = [open_image(path) for path in sample.images]
             grids = [reader.processor.grid(*image.size) for image in opened] if reader.processor else []
-            system = network.config.data.system_prompt
-            prompts.append(encode_prompt(sample.turns[:index], grids, reader.tokenizer, system_prompt=system))
-            images.extend(opened)
-        answers = generation.generate(
+        except DataError as error:
+            errors.append(str(error))
+            continue
+        errors.append("")
+        system = network.config.data.system_prompt
+        prompts.append(encode_prompt(sample.turns[:index], grids, reader.tokenizer, system_prompt=system))
+        images.extend(opened)
+    answers = iter(
+        generation.generate(
             network,
             prompts,
             images,
@@ -66,16 +81,20 @@ def answer(
             stop_token=reader.tokenizer.special.end_of_turn,
             max_new_tokens=reader.max_new_tokens,
         )
-        rows += [
-            {
-                "key": sample.key,
-                "image": str(sample.images[0]) if sample.images else None,
-                "question": sample.turns[index - 1].text.replace("<image>", "").strip(),
-                "expected": sample.turns[index].text.strip(),
-                "answer": reader.tokenizer.decode(ids).strip(),
-            }
-            for (sample, index), ids in zip(part, answers, strict=True)
-        ]
+        if prompts
+        else ()
+    )
+    rows = []
+    for (sample, index), why in zip(questions, errors, strict=True):
+        answered = "" if why else reader.tokenizer.decode(next(answers)).strip()
+        row = {
+            "key": sample.key,
+            "image": str(sample.images[0]) if sample.images else None,
+            "question": sample.turns[index - 1].text.replace("<image>", "").strip(),
+            "expected": sample.turns[index].text.strip(),
+            "answer": answered,
+        }
+        rows.append(row | {"error": why} if why else row)
     return rows
 
 
@@ -83,7 +102,9 @@ def accuracy(questions: Sequence[tuple[Sample, int]], network: Network, reader: 
     """Share of the questions that are answered word for word; data-parallel replicas share them out."""
     topology = network.topology
     mine = questions[topology.dp_rank :: topology.dp_size]
-    right = sum(row["answer"] == row["expected"] for row in answer(mine, network, reader))
+    right = sum(
+        "error" not in row and row["answer"] == row["expected"] for row in answer(mine, network, reader)
+    )
     counts = torch.tensor([float(right), float(len(mine))], dtype=torch.float64).to(topology.device)
     dist.all_reduce(counts, group=topology.dp_group)
     right, total = counts.tolist()

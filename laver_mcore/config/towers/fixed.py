@@ -2,6 +2,9 @@
 
 from laver_mcore.config.towers.spec import Settings, TowerNames, TowerShape, TowerSpec
 
+OTHER_PARTS = (
+    "text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias", "classifier.",
+)  # fmt: skip
 PROJECTIONS = ("k_proj", "v_proj", "q_proj", "out_proj")
 
 
@@ -68,6 +71,8 @@ SIGLIP = TowerSpec(
     ),
     shape=vit_shape,
     final_norm="post_layernorm",
+    weights_below="vision_model.",
+    other_parts=OTHER_PARTS,
 )
 
 CLIP = TowerSpec(
@@ -110,6 +115,8 @@ CLIP = TowerSpec(
     norms_last_state=False,
     prefix_tokens=lambda settings: 1,
     has_cls=True,
+    weights_below="vision_model.",
+    other_parts=OTHER_PARTS,
 )
 
 DINOV2 = TowerSpec(
@@ -148,4 +155,6 @@ DINOV2 = TowerSpec(
     prefix_tokens=lambda settings: 1,
     has_cls=True,
     any_size=True,
+    weights_below="dinov2.",
+    other_parts=OTHER_PARTS,
 )

@@ -55,6 +55,14 @@ AIMV2 = TowerSpec(
     shape=_aimv2_shape,
     native="aimv2",
     weights_below="vision_model.",
+    other_parts=(
+        "text_model.",
+        "text_projection.",
+        "visual_projection.",
+        "logit_scale",
+        "vision_model.head.",
+        "head.",
+    ),
 )
 
 
@@ -87,6 +95,9 @@ def _merging(spec: TowerSpec, settings: Settings, width: int, output_width: int,
     )
 
 
+_DECODER = (
+    "lm_head.", "language_model.", "model.language_model.", "model.layers.", "model.embed_tokens.", "model.norm.",
+)  # fmt: skip
 _QWEN_NAMES = TowerNames(
     patches="patch_embed.proj",
     layers="blocks",
@@ -119,6 +130,7 @@ QWEN2_VL = TowerSpec(
     shape=_qwen2_shape,
     native="qwen",
     weights_below="visual.",
+    other_parts=_DECODER,
 )
 
 QWEN25_VL = TowerSpec(
@@ -145,4 +157,5 @@ QWEN25_VL = TowerSpec(
     shape=_qwen25_shape,
     native="qwen",
     weights_below="visual.",
+    other_parts=_DECODER,
 )

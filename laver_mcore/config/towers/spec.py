@@ -106,7 +106,9 @@ class TowerSpec:
     native: Literal["qwen", "aimv2"] | None = None
     """Native resolution: how images of several shapes run as one sequence (`model/native_encoders.py`)."""
     weights_below: str = ""
-    """Prefix of the tower's weights inside a whole checkpoint, where it is read at native resolution."""
+    """Prefix of the tower's weights inside a whole checkpoint; ..."""
+    other_parts: tuple[str, ...] = ()
+    """... beginnings of names there that are not the tower's. Any other name is refused."""
 
     def filled(self, found: Settings) -> dict[str, Any]:
         """The settings of a config.json with what it leaves out."""

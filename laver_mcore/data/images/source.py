@@ -18,7 +18,7 @@ _KEPT_ROW_GROUPS = 4
 class TarMember:
     """Bytes [offset, offset + size) of a tar file.
 
-    `width` and `height` in pixels as written at preparation.
+    `width` and `height` in pixels as written at preparation, 0 where nobody has measured them.
     """
 
     path: Path
@@ -136,7 +136,7 @@ class _RowGroups:
             if (path, group) in self._groups:
                 self._groups.move_to_end((path, group))
             else:
-                self._groups[path, group] = open_parquet(path).read_row_group(group)
+                self._groups[path, group] = _read_group(path, group)
                 while len(self._groups) > _KEPT_ROW_GROUPS:
                     self._groups.popitem(last=False)
             return self._groups[path, group]
@@ -153,6 +153,36 @@ def read_parquet_row(path: Path, row_group: int, row: int) -> dict[str, Any]:
         raise DataError(
             f"{path}: row group {row_group} cannot be read ({reason(error)}); download it again"
         ) from None
+
+
+def row_counts(path: Path) -> list[int]:
+    """The number of rows of each group of a table: of parquet's row groups, or of Arrow's record batches."""
+    if is_arrow(path):
+        return [batch.num_rows for batch in _arrow_batches(path)]
+    metadata = open_parquet(path).metadata
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def is_arrow(path: Path) -> bool:
+    """Whether a table is in Arrow's stream format, as Hugging Face `datasets` keeps it."""
+    return path.suffix.lower() == ".arrow"
+
+
+def _read_group(path: Path, group: int) -> Any:
+    return _arrow_batches(path)[group] if is_arrow(path) else open_parquet(path).read_row_group(group)
+
+
+def _arrow_batches(path: Path) -> list[Any]:
+    try:
+        import pyarrow
+    except ImportError:
+        raise DataError(
+            f"{path}: reading Arrow needs pyarrow; install the extra: laver-mcore[data]"
+        ) from None
+    try:
+        return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all().to_batches()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not an Arrow stream ({reason(error)}); download it again") from None
 
 
 def open_parquet(path: Path) -> Any:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from laver_mcore.data.errors import DataError
 from laver_mcore.data.images.processors import ImageProcessor
 from laver_mcore.data.images.wanted import WantedImage
 from laver_mcore.data.order.index import SourceIndex
+from laver_mcore.data.order.truncate import Cut, longest_beginning
 from laver_mcore.data.records.sample import Sample
 from laver_mcore.data.sequence.prompt import EncodedSample, encode_sample
 from laver_mcore.data.sequence.tokenizer import Tokenizer
@@ -30,9 +31,9 @@ class DialogueSample:
 class Dialogues(Sequence[Sample]):
     """Samples of several indexed sources, numbered through; those longer than `seq_length` are left out.
 
-    `overlong` is "error" or "drop"; `set_starts` [sets + 1] are the numbers at which each set begins and
-    ends. `lengths`, `visual` and `visual_squares` (int64 [samples]) are the tokens of each sample, those of its
-    images, and the sum of the squares of its images' tokens.
+    `overlong` is "error", "drop", or "truncate" (whole turns from the end, counted in `num_cut`). `set_starts`
+    [sets + 1] are the numbers at which each set begins and ends. `lengths`, `visual` and `visual_squares` (int64
+    [samples]) are the tokens of each sample, those of its images, and the sum of the squares of its images' tokens.
     """
 
     def __init__(
@@ -45,14 +46,15 @@ class Dialogues(Sequence[Sample]):
         seq_length: int,
         overlong: str,
     ) -> None:
-        if overlong not in ("error", "drop"):
-            raise DataError(f"overlong={overlong!r}; use 'error' or 'drop'")
+        if overlong not in ("error", "drop", "truncate"):
+            raise DataError(f"overlong={overlong!r}; use 'error', 'drop' or 'truncate'")
         self.indexes = list(indexes)
         self._tokenizer = tokenizer
         self.pad_id = tokenizer.special.pad
         self._processor = image_processor
         self._system_prompt = system_prompt
-        self.num_dropped = 0
+        self.num_dropped = self.num_cut = 0
+        self._cuts: list[dict[int, Cut]] = []
         members, lengths, visual, squares = [], [], [], []
         for index in indexes:
             visual_n, squares_n = self._visual(index)
@@ -60,6 +62,14 @@ class Dialogues(Sequence[Sample]):
             fits = of_set <= seq_length
             if overlong == "error" and not fits.all():
                 self._refuse(index, of_set, seq_length)
+            cuts = self._cut(index, np.flatnonzero(~fits), seq_length) if overlong == "truncate" else {}
+            for local, cut in cuts.items():
+                tokens = [rows * columns for rows, columns in self._grids(index, local, cut.num_images)]
+                of_set[local], visual_n[local] = cut.length, sum(tokens)
+                squares_n[local] = sum(number**2 for number in tokens)
+                fits[local] = True
+            self._cuts.append(cuts)
+            self.num_cut += len(cuts)
             self.num_dropped += int((~fits).sum())
             members.append(np.flatnonzero(fits))
             lengths.append(of_set[fits])
@@ -73,6 +83,13 @@ class Dialogues(Sequence[Sample]):
             total = self.num_dropped + len(self)
             logger.warning(
                 "dropped %d of %d samples longer than seq_length=%d", self.num_dropped, total, seq_length
+            )
+        if self.num_cut:
+            logger.warning(
+                "cut %d of %d samples longer than seq_length=%d behind their last answer that fits",
+                self.num_cut,
+                self.num_dropped + len(self),
+                seq_length,
             )
         if not len(self):
             raise DataError(f"every sample is longer than seq_length={seq_length}; raise it")
@@ -91,7 +108,10 @@ class Dialogues(Sequence[Sample]):
         return self._key(*self._locate(number % len(self)))
 
     def _read(self, which: int, local: int) -> Sample:
-        return replace(self.indexes[which].sample(local), key=self._key(which, local))
+        sample = self.indexes[which].sample(local)
+        if cut := self._cuts[which].get(local):
+            sample = cut.of(sample)
+        return replace(sample, key=self._key(which, local))
 
     def _key(self, which: int, local: int) -> str:
         key = self.indexes[which].key(local)
@@ -101,9 +121,8 @@ class Dialogues(Sequence[Sample]):
         """Read and tokenise one sample; DataError when the data has changed since it was indexed."""
         which, local = self._locate(number)
         index, sample = self.indexes[which], self._read(which, local)
-        sizes = self._sizes(index, local)
-        grids = [self._grid(width, height) for width, height in sizes]
-        encoded = encode_sample(sample.turns, grids, self._tokenizer, system_prompt=self._system_prompt)
+        sizes = self._sizes(index, local)[: len(sample.images)]
+        encoded = self._encode(index, local, sample)
         if len(encoded) != self.lengths[number]:
             raise DataError(
                 f"sample {sample.key!r} has {len(encoded)} tokens, had {self.lengths[number]} when it was "
@@ -112,6 +131,20 @@ class Dialogues(Sequence[Sample]):
         images = [WantedImage(source, *size) for source, size in zip(sample.images, sizes, strict=True)]
         return DialogueSample(sample.key, encoded, tuple(images))
 
+    def _encode(self, index: SourceIndex, local: int, sample: Sample) -> EncodedSample:
+        grids = self._grids(index, local, len(sample.images))
+        return encode_sample(sample.turns, grids, self._tokenizer, system_prompt=self._system_prompt)
+
+    def _cut(self, index: SourceIndex, overlong: np.ndarray, seq_length: int) -> dict[int, Cut]:
+        """What is kept of those samples of a source that are too long, by their numbers there."""
+        found = {}
+        for local in map(int, overlong):
+            encoder = partial(self._encode, index, local)
+            cut = longest_beginning(index.sample(local), seq_length, encoder)
+            if cut is not None:
+                found[local] = cut
+        return found
+
     def _locate(self, number: int) -> tuple[int, int]:
         return int(np.searchsorted(self.set_starts, number, side="right")) - 1, int(self._members[number])
 
@@ -119,6 +152,9 @@ class Dialogues(Sequence[Sample]):
     def _sizes(index: SourceIndex, local: int) -> list[tuple[int, int]]:
         start, stop = index.image_starts[local : local + 2]
         return [(int(width), int(height)) for width, height in index.image_sizes[start:stop]]
+
+    def _grids(self, index: SourceIndex, local: int, num_images: int) -> list[tuple[int, int]]:
+        return [self._grid(width, height) for width, height in self._sizes(index, local)[:num_images]]
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
         assert self._processor is not None
@@ -157,5 +193,5 @@ class Dialogues(Sequence[Sample]):
             self._grid(*size)  # names a shape without a grid
         raise DataError(
             f"sample {index.key(local)!r} has {lengths[local]} tokens, more than seq_length={seq_length}; "
-            f"raise seq_length to {lengths.max()} or set overlong to 'drop'"
+            f"raise seq_length to {lengths.max()} or set overlong to 'drop' or 'truncate'"
         )

@@ -110,7 +110,7 @@ def measure(
 
 
 def _image_size(image: Any) -> tuple[int, int]:
-    if isinstance(image, TarMember):
+    if isinstance(image, TarMember) and image.width:
         return image.width, image.height
     if isinstance(image, Path):
         return image_size(image)

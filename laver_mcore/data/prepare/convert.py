@@ -27,9 +27,11 @@ from laver_mcore.data.randomness import permutation
 from laver_mcore.data.records.finevision import RatingFilter
 from laver_mcore.data.records.image_reference import ImageFolder
 from laver_mcore.data.records.shards import MANIFEST, ShardSummary, ShardWriter
-from laver_mcore.data.records.sources import JsonSource, ParquetSource, parquet_files
+from laver_mcore.data.records.sources import JsonSource, ParquetSource, is_table
+from laver_mcore.data.records.webdataset import WebDatasetSource, tar_files
 
-Format = Literal["llava", "llava-onevision", "finevision"]
+Format = Literal["llava", "llava-onevision", "finevision", "webdataset"]
+Corpus = JsonSource | ParquetSource | WebDatasetSource
 REJECTS = "rejects.jsonl"
 _PROGRESS = ".prepare"  # what is done, until all is
 _VERSION = 1
@@ -54,13 +56,13 @@ class _ShardTask:
     number: int
     path: Path
     locators: tuple[tuple[int, ...], ...]
-    source: JsonSource | ParquetSource
+    source: Corpus
     options: ConvertOptions
 
 
 def open_corpus(
     path: Path, image_folder: Path | None, options: ConvertOptions, *, allow_outside_images: bool = False
-) -> JsonSource | ParquetSource:
+) -> Corpus:
     """The set at `path`; DataError when it is not of the wanted format's kind."""
     if options.format == "llava":
         if path.is_dir() or path.suffix.lower() == ".parquet":
@@ -68,13 +70,17 @@ def open_corpus(
                 f"{path}: format 'llava' is a JSON or JSONL file; give the file, or another format"
             )
         return JsonSource(path, ImageFolder(image_folder or path.parent, allow_outside_images))
-    if path.suffix.lower() != ".parquet" and not (path.is_dir() and parquet_files(path)):
-        raise DataError(f"{path}: format {options.format!r} is a parquet file, or a folder of them")
+    if options.format == "webdataset":
+        if path.suffix.lower() != ".tar" and not (path.is_dir() and tar_files(path)):
+            raise DataError(f"{path}: format 'webdataset' is a tar file, or a folder of them")
+        return WebDatasetSource(path)
+    if not is_table(path):
+        raise DataError(f"{path}: format {options.format!r} is a parquet or Arrow file, or a folder of them")
     return ParquetSource(path, options.ratings)
 
 
 def convert(
-    source: JsonSource | ParquetSource,
+    source: Corpus,
     output: Path,
     options: ConvertOptions,
     *,
@@ -120,7 +126,7 @@ def _by_kind(rejects: Sequence[dict[str, Any]]) -> dict[str, int]:
     return dict(sorted(Counter(reject["kind"] for reject in rejects).items()))
 
 
-def _identity(source: JsonSource | ParquetSource, options: ConvertOptions) -> str:
+def _identity(source: Corpus, options: ConvertOptions) -> str:
     settings = json.dumps(asdict(options), sort_keys=True)
     text = f"{_VERSION} {source.fingerprint()} {settings}"
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -141,7 +147,7 @@ def _claim(output: Path, progress: Path, identity: str) -> None:
         marker.write_text(identity, encoding="ascii")
 
 
-def _plan(source: JsonSource | ParquetSource, output: Path, options: ConvertOptions) -> list[_ShardTask]:
+def _plan(source: Corpus, output: Path, options: ConvertOptions) -> list[_ShardTask]:
     """Deal the records out to shards: JSON record by record, parquet by row group, so each is read once."""
     locators = np.array(list(source.scan()), dtype=np.int64)
     if not len(locators):

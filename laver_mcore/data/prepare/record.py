@@ -10,6 +10,7 @@ from laver_mcore.data.prepare.transcode import ImageLimits, PreparedImage, prepa
 from laver_mcore.data.records.finevision import RatingFilter, is_finevision, kept_turns, turn_ratings
 from laver_mcore.data.records.sample import Sample, Turn
 from laver_mcore.data.records.sources import JsonSource, ParquetSource, image_column
+from laver_mcore.data.records.webdataset import WebDatasetSource
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class PreparedSample:
 
 
 def prepare_record(
-    source: JsonSource | ParquetSource, locator: Sequence[int], limits: ImageLimits
+    source: JsonSource | ParquetSource | WebDatasetSource, locator: Sequence[int], limits: ImageLimits
 ) -> PreparedSample:
     """Read, check and re-encode one record; DataError with the reason for which it is rejected."""
     extra: dict[str, Any] = {"source": source.name}

@@ -33,8 +33,12 @@ _NO_IMAGE: tuple[Any, ...] = (None, "", [])
 _QWEN_VL_IMAGE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 
 
-def load_records(source: str | Path | Sequence[str | Path], image_folder: str | Path = ".") -> list[Sample]:
+def load_records(
+    source: str | Path | Sequence[str | Path], image_folder: str | Path = ".", *, check_files: bool = True
+) -> list[Sample]:
     """Read one JSON / JSONL file, or several in order; relative image names are looked up in `image_folder`.
+
+    `check_files` refuses an image that is not there.
 
     Raises DataError, naming file and line (JSONL, broken JSON) or record, for anything that cannot be used.
     """
@@ -48,7 +52,8 @@ def load_records(source: str | Path | Sequence[str | Path], image_folder: str | 
         )
         for number, (where, record, _, _) in enumerate(records):
             key = keys(record_name(record, where, default=f"{path.name}:{number}"))
-            samples.append(parse_record(record, key=key, images=images, where=where))
+            sample = parse_record(record, key=key, images=images, where=where, check_files=check_files)
+            samples.append(sample)
     if not samples:
         raise DataError(f"{', '.join(map(str, sources)) or 'the list of data files'}: holds no records")
     return samples

@@ -1,4 +1,4 @@
-"""A data set on disk, read record by record where it lies: JSON / JSONL, parquet, or prepared tar shards.
+"""A data set on disk, read record by record where it lies: JSON / JSONL, tables, tars, or prepared shards.
 
 `scan` finds the records once and gives each a locator, a row of integers that `read` needs to find it again;
 the index (`index.py`) keeps them, so that no process ever holds a whole set in memory.
@@ -15,17 +15,21 @@ from laver_mcore.data.images.source import (
     ParquetCell,
     TarMember,
     image_cells,
+    is_arrow,
     open_parquet,
     read_parquet_row,
     read_range,
+    row_counts,
 )
 from laver_mcore.data.records.conversation import parse_record, read_turns, record_name, typed_pieces
+from laver_mcore.data.records.datasets_folder import STATE, arrow_files, is_datasets_folder
 from laver_mcore.data.records.finevision import RatingFilter, behind_images, finevision_turns, is_finevision
 from laver_mcore.data.records.image_reference import ImageFolder
 from laver_mcore.data.records.json_file import json_records
 from laver_mcore.data.records.sample import Sample, Turn, make_sample, typed_turn
 from laver_mcore.data.records.shards import MANIFEST, member_offsets, record_offsets
 from laver_mcore.data.records.values import present
+from laver_mcore.data.records.webdataset import WebDatasetSource, tar_files
 
 
 class Source(Protocol):
@@ -72,17 +76,20 @@ class JsonSource:
 
 
 class ParquetSource:
-    """Parquet files of LLaVA-OneVision or FineVision; locators are (file, row group, row in group)."""
+    """Tables (parquet, Arrow) of LLaVA-OneVision or FineVision; locators are (file, row group, row in group)."""
 
     def __init__(self, path: Path, ratings: RatingFilter | None = None) -> None:
         self.path, self.name, self.ratings = path, path.name, ratings
-        self.files = parquet_files(path) if path.is_dir() else [path]
+        self._state = ""
+        if is_datasets_folder(path):
+            self.files, self._state = arrow_files(path)
+        else:
+            self.files = parquet_files(path) if path.is_dir() else [path]
 
     def scan(self) -> Iterator[tuple[int, ...]]:
         for number, file in enumerate(self.files):
-            metadata = open_parquet(file).metadata
-            for group in range(metadata.num_row_groups):
-                for row in range(metadata.row_group(group).num_rows):
+            for group, num_rows in enumerate(row_counts(file)):
+                for row in range(num_rows):
                     yield number, group, row
 
     def read(self, locator: Sequence[int], *, check_files: bool = False) -> Sample:
@@ -109,10 +116,11 @@ class ParquetSource:
         for file in self.files:
             if not file.is_file():
                 raise DataError(f"{file}: no such file")
-            metadata = open_parquet(
-                file
-            ).metadata  # row groups' sizes and column statistics: read in one piece
-            digest.update(f"{file.name} {file.stat().st_size} {metadata.to_dict()}".encode())
+            # Row groups' sizes and column statistics, read in one piece; `datasets` keeps a fingerprint of its own.
+            content = (
+                self._state or row_counts(file) if is_arrow(file) else open_parquet(file).metadata.to_dict()
+            )
+            digest.update(f"{file.name} {file.stat().st_size} {content}".encode())
         return digest.hexdigest()
 
 
@@ -177,19 +185,27 @@ def open_source(
     *,
     allow_outside_images: bool = False,
 ) -> Source:
-    """The source at `path`: prepared shards or parquet files (a folder), a parquet file, or JSON / JSONL."""
+    """The source at `path`, told by looking: prepared shards, tables, WebDataset tars, or JSON / JSONL."""
     path = Path(path)
     if (path / MANIFEST).is_file():
         return ShardSource(path)
+    if is_table(path):
+        return ParquetSource(path, ratings)
+    if path.suffix.lower() == ".tar" or (path.is_dir() and tar_files(path)):
+        return WebDatasetSource(path)
     if path.is_dir():
-        if not parquet_files(path):
-            raise DataError(
-                f"{path}: holds neither {MANIFEST} nor *.parquet; give a prepared set, parquet or JSON"
-            )
-        return ParquetSource(path, ratings)
-    if path.suffix.lower() == ".parquet":
-        return ParquetSource(path, ratings)
+        raise DataError(
+            f"{path}: holds neither {MANIFEST}, {STATE} of datasets, *.parquet nor *.tar; give a prepared set, a "
+            "table, tars or JSON"
+        )
     return JsonSource(path, ImageFolder(Path(image_folder), allow_outside_images))
+
+
+def is_table(path: Path) -> bool:
+    """Whether a path is parquet or Arrow: a file, a folder of parquet files, or one of `datasets`."""
+    if path.is_dir():
+        return is_datasets_folder(path) or bool(parquet_files(path))
+    return path.suffix.lower() in (".parquet", ".arrow")
 
 
 def parquet_files(folder: Path) -> list[Path]:

@@ -46,8 +46,9 @@ class DialogueData:
     Every sample is measured at construction, or was before (`index.py`). Samples that cannot be used are
     listed in `quarantine` and left out, as long as they are no more than `max_bad_fraction` of a set; an
     image that fails later silences its sample. `overlong` says what to do with a sample of more than
-    `seq_length` tokens: "error", or "drop" (logged, and counted in `num_dropped`). `weights`, one a source,
-    mix several sets (`order/rows.py`). `cost` makes rows and ranks even in what they cost to train on; without it
+    `seq_length` tokens: "error", "drop" or "truncate" (logged, counted in `num_dropped` and `num_cut`).
+    `weights`, one a source, mix several sets (`order/rows.py`). `cost` makes rows and ranks even in what they
+    cost to train on; without it
     samples are packed by length alone. `num_workers` processes read ahead; 0 reads in a thread. `image_backend` is
     one of `image_backend.BACKENDS`; `targets` are made of the same images besides. With a CUDA
     `device`, `iterate` yields batches that are there already.
@@ -65,7 +66,7 @@ class DialogueData:
         seq_length: int,
         seed: int,
         system_prompt: str = DEFAULT_SYSTEM_PROMPT,
-        overlong: Literal["error", "drop"] = "error",
+        overlong: Literal["error", "drop", "truncate"] = "error",
         weights: Sequence[float] | None = None,
         ratings: RatingFilter | None = None,
         packing_window: int = 1024,
@@ -103,7 +104,8 @@ class DialogueData:
             seq_length=seq_length,
             overlong=overlong,
         )
-        self.lengths, self.num_dropped = self.samples.lengths, self.samples.num_dropped
+        self.lengths = self.samples.lengths
+        self.num_dropped, self.num_cut = self.samples.num_dropped, self.samples.num_cut
         self._order = RowOrder(
             self.lengths,
             seq_length=seq_length,

@@ -238,7 +238,7 @@ def test_overlong_samples(dataset, hugging_face):
 
 
 BAD_SETTINGS = {
-    "overlong": ({"overlong": "cut"}, "overlong='cut'; use 'error' or 'drop'"),
+    "overlong": ({"overlong": "cut"}, "overlong='cut'; use 'error', 'drop' or 'truncate'"),
     "no processor": ({"image_processor": None}, "'sample1' has images but there is no image processor"),
     "no file": ({"source": "nowhere.json"}, r"nowhere\.json: no such file"),
 }

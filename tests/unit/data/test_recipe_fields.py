@@ -74,7 +74,7 @@ def test_pixel_bounds_of_native_resolution(bounds, tmp_path):
 WIRING = {
     "--seq-length 96": ("seq_length", 96),
     "--seed 5": ("seed", 5),
-    "--overlong drop": ("overlong", "drop"),
+    "--overlong truncate": ("overlong", "truncate"),
     "--packing-window 8": ("packing_window", 8),
     "--num-workers 3": ("num_workers", 3),
     "--worker-timeout 7": ("worker_timeout", 7.0),

@@ -99,7 +99,7 @@ def test_typed_turns_are_typed_only_where_needed(role, pieces, typed):
 
 
 def test_unusable_sources(tmp_path):
-    with pytest.raises(DataError, match=r"holds neither manifest\.json nor \*\.parquet"):
+    with pytest.raises(DataError, match=r"holds neither manifest\.json, .*\*\.parquet nor \*\.tar"):
         open_source(tmp_path, tmp_path)
     pytest.importorskip("pyarrow")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 but not really")

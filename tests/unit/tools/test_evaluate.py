@@ -53,7 +53,9 @@ def asked(tmp_path, monkeypatch):
     reader = Reader(tokenizer=tokenizer, processor=processor, batch_size=2, max_new_tokens=7)
     rows = answer(questions_of(samples), network, reader)
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    return SimpleNamespace(given=given, rows=rows, model=model, folder=tmp_path)
+    return SimpleNamespace(
+        given=given, rows=rows, model=model, folder=tmp_path, network=network, reader=reader
+    )
 
 
 def test_each_question_follows_the_right_answers_before_it(asked):
@@ -77,6 +79,30 @@ def test_a_row_a_question(asked):
         {"key": "first", "image": picture, "question": "red green", "expected": "up down", "answer": "red"},
         {"key": "first", "image": picture, "question": "left", "expected": "right", "answer": "left right"},
         {"key": "second", "image": None, "question": "how many", "expected": "few", "answer": "two"},
+    ]
+
+
+# Which of the two pictures of the first dialogue is broken, and how.
+BROKEN = {
+    "first": ("a.png", b"<html>"),
+    "second": ("b.png", b""),
+    "gone": ("a.png", None),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_picture_costs_its_own_questions_alone(asked, name, content, monkeypatch):
+    picture = asked.folder / name
+    picture.unlink() if content is None else picture.write_bytes(content)
+    samples = load_records(asked.folder / "data.json", asked.folder, check_files=False)
+    monkeypatch.setattr(
+        generation, "generate", lambda network, prompts, *_, **__: [asked.model.encode("two")] * len(prompts)
+    )
+    rows = answer(questions_of(samples), asked.network, asked.reader)
+    assert [row["answer"] for row in rows] == ["", "", "two"]
+    assert [str(picture) in row.get("error", "") for row in rows] == [True, True, False]
+    assert [{k: v for k, v in row.items() if k not in ("answer", "error")} for row in rows] == [
+        {k: v for k, v in row.items() if k != "answer"} for row in asked.rows
     ]
 
 
