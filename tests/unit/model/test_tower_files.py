@@ -143,6 +143,7 @@ FAULTS = {
     "config that is a list": (config("[]"), r"config\.json: wanted a JSON mapping, got list"),
     "vision_config null": (config({"vision_config": None}), "vision_config=None is no mapping"),
     "hidden_size text": (config({"hidden_size": "x"}), r"config\.json: settings of which no tower"),
+    "another architecture": (config({"model_type": "sam"}), "model_type='sam'"),
     "no patch": (config({"patch_size": 0}), r"config\.json(: settings of which no tower| asks for)"),
 }  # fmt: skip
 
@@ -176,3 +177,15 @@ def test_the_rest_of_a_whole_checkpoint_is_not_the_towers(published, tmp_path):
     save_file(tensors | beside, tmp_path / "model.safetensors")
     found = sum(p.numel() for p in build(kind, tmp_path).parameters())
     assert found <= sum(t.numel() for t in tensors.values())
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip", "dinov2"])
+def test_positions_of_another_image_size(kind, tmp_path):
+    """The case "another image size": weights for 28 pixels, a config that says 56."""
+    MODELS[kind]().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"image_size": 56}))
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors: .*position_embedding.* is \[.*config\.json asks for"
+    ):
+        build(kind, tmp_path)
