@@ -100,3 +100,61 @@ def test_moving_keeps_the_mask():
     assert intervals.to("cpu") is intervals
     assert intervals.to("meta").blocks == intervals.blocks
     assert len(intervals.to("meta")) == len(intervals)
+
+
+def _spans(documents):
+    """Spans of documents and of images, by counting."""
+    document_spans, image_spans, place = [], [], 0
+    for document in documents:
+        start = place
+        for kind, length in document:
+            if kind == "image":
+                image_spans.append((place, place + length))
+            place += length
+        document_spans.append((start, place))
+    return document_spans, image_spans
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_spans_and_cumulative_lengths_are_the_defined_mask(name):
+    documents, padding = MASKS[name]
+    want = dense_mask(documents, padding)
+    document_spans, image_spans = _spans(documents)
+    cu_seqlens = torch.tensor([0, *(end for _, end in document_spans)], dtype=torch.int32)
+    for intervals in (
+        Intervals.from_spans(document_spans, image_spans, len(want)),
+        Intervals.from_spans(
+            torch.tensor(document_spans, dtype=torch.int64).reshape(-1, 2), image_spans, len(want)
+        ),
+        Intervals.from_cu_seqlens(cu_seqlens, image_spans, len(want)),
+    ):
+        intervals.validate()
+        for mask in _as_dense(intervals):
+            assert torch.equal(mask, want)
+
+
+def test_spans_may_be_empty_apart_and_end_the_sequence():
+    assert len(Intervals.from_spans([(0, 3), (3, 3), (3, 7)])) == 7
+    apart, _ = _as_dense(Intervals.from_spans([(1, 3), (5, 6)], num_tokens=8))
+    assert apart.sum(1).tolist() == [0, 1, 2, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("documents", "images", "num_tokens", "words"),
+    [
+        ([(0, 3), (2, 5)], (), None, r"documents \(2, 5\) begins before the last ends at 3"),
+        ([(3, 1)], (), None, r"documents holds \(3, 1\), want 0 <= start <= end"),
+        ([(0, 3, 4)], (), None, r"documents holds \(0, 3, 4\), want pairs"),
+        ([(0, 9)], (), 8, "documents end at 9, want within num_tokens=8"),
+        ([(0, 4), (4, 8)], [(3, 5)], None, r"image \(3, 5\) lies in no document"),
+        (torch.tensor([0, 3]), (), None, r"documents has shape \[2\], want \[2, 2\]"),
+    ],
+)
+def test_bad_spans_are_refused(documents, images, num_tokens, words):
+    with pytest.raises(ValueError, match=words):
+        Intervals.from_spans(documents, images, num_tokens)
+
+
+def test_cumulative_lengths_start_at_zero():
+    with pytest.raises(ValueError, match=r"cu_seqlens=\[1, 4\], want it to start with 0"):
+        Intervals.from_cu_seqlens(torch.tensor([1, 4]))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from laver_kernels.checks import can_read, want_tensor
+from laver_kernels.mixed_attention.spans import Spans, as_spans, bounds_of_spans, check_within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,44 @@ class Intervals:
         """Derives the column intervals from ordered row intervals, both int32 `[T]` (empty rows included)."""
         col_lo_T, col_hi_T = _columns(row_lo_T, row_hi_T)
         return cls(row_lo_T=row_lo_T, row_hi_T=row_hi_T, col_lo_T=col_lo_T, col_hi_T=col_hi_T, blocks=blocks)
+
+    @classmethod
+    def from_spans(
+        cls,
+        documents: Spans,
+        images: Spans = (),
+        num_tokens: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Intervals":
+        """The mask of packed documents: text is causal, the tokens of an image see each other both ways.
+
+        `documents` and `images` are `[n, 2]` pairs (first token, one past the last), in order; tokens of no document
+        are padding. `num_tokens` defaults to the end of the last document; for spans on a GPU that waits for it.
+
+        Raises:
+            ValueError: spans out of order or overlapping, beyond `num_tokens`, or an image in no document.
+        """
+        documents_N2 = as_spans("documents", documents, device)
+        images_M2 = as_spans("images", images, documents_N2.device)
+        if num_tokens is None:
+            num_tokens = int(documents_N2[-1, 1]) if len(documents_N2) else 0
+        check_within(documents_N2, images_M2, num_tokens)
+        row_lo_T, row_hi_T, col_lo_T, col_hi_T = bounds_of_spans(documents_N2, images_M2, num_tokens)
+        return cls(row_lo_T=row_lo_T, row_hi_T=row_hi_T, col_lo_T=col_lo_T, col_hi_T=col_hi_T)
+
+    @classmethod
+    def from_cu_seqlens(
+        cls, cu_seqlens: Tensor, images: Spans = (), num_tokens: int | None = None
+    ) -> "Intervals":
+        """The same from cumulative document lengths `[0, end of first, ...]`, as variable-length attention takes them.
+
+        Raises:
+            ValueError: lengths that fall, do not start at 0, or exceed `num_tokens`; an image in no document.
+        """
+        want_tensor("Intervals", "cu_seqlens", cu_seqlens, ("N + 1",), (torch.int32, torch.int64))
+        if len(cu_seqlens) == 0 or (can_read(cu_seqlens) and int(cu_seqlens[0]) != 0):
+            raise ValueError(f"Intervals: cu_seqlens={cu_seqlens.tolist()}, want it to start with 0")
+        return cls.from_spans(torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1), images, num_tokens)
 
     def validate(self) -> None:
         """Checks order and that rows and columns describe the same mask; free of cost but on the first call.
