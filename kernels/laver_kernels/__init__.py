@@ -14,7 +14,8 @@ from laver_kernels.latent_cross_entropy.api import latent_cross_entropy
 from laver_kernels.linear_cross_entropy.api import linear_cross_entropy
 from laver_kernels.mixed_attention.api import mixed_attention
 from laver_kernels.mixed_attention.intervals import Intervals
-from laver_kernels.mixed_attention.rope import rope_table
+from laver_kernels.mixed_attention.merge import merge_attention
+from laver_kernels.mixed_attention.rope import rope_table, rotate
 
 __all__ = [
     "Intervals",
@@ -22,6 +23,8 @@ __all__ = [
     "gram_loss",
     "latent_cross_entropy",
     "linear_cross_entropy",
+    "merge_attention",
     "mixed_attention",
     "rope_table",
+    "rotate",
 ]

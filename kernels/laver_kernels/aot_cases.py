@@ -15,6 +15,7 @@ from laver_kernels.mixed_attention.backward_kernels import attention_backward_dk
 from laver_kernels.mixed_attention.forward_kernel import attention_forward
 from laver_kernels.mixed_attention.rotation_kernels import combine_partials, rotate_queries_and_keys
 
+UNSPECIALIZED = {"num_keys"}  # one kernel serves every value
 TRITON_STAGES = 3  # Triton's default, where a launch names none
 
 
@@ -38,7 +39,7 @@ def make_case(
     """`types` gives one type per argument that is no constant; at the 7B shapes all but fp32 numbers divide by 16."""
     runtime = [argument for argument in kernel.arg_names if argument not in constants]
     signature = dict(zip(runtime, types.split(), strict=True))
-    divisible = {argument for argument, kind in signature.items() if kind != "fp32"}
+    divisible = {argument for argument, kind in signature.items() if kind != "fp32"} - UNSPECIALIZED
     return Case(
         name=name,
         arch=arch,
@@ -64,15 +65,15 @@ def attention_case(arch: str, kernel: str, head_dim: int, tile: Tile | None = No
     }
     tensor, stat, index, strides = "*bf16", "*fp32", "*i32", "i32 " * 7
     if kernel == "forward":
-        types = f"{tensor} {tensor} {tensor} {tensor} {stat} {index} {index} fp32 i32 {strides}"
+        types = f"{tensor} {tensor} {tensor} {tensor} {stat} {index} {index} fp32 i32 i32 {strides}"
         function = attention_forward
     elif kernel == "dq":
-        types = f"{(tensor + ' ') * 5} {stat} {stat} {tensor} {stat} {stat} {index} {index} "
-        types += f"fp32 fp32 i32 {strides}"
+        types = f"{(tensor + ' ') * 5} {(stat + ' ') * 3} {tensor} {stat} {stat} {index} {index} "
+        types += f"fp32 fp32 i32 i32 {strides}"
         function = attention_backward_dq
-        constants["ROTATE"] = True
+        constants |= {"ROTATE": True, "HAS_DLSE": False}
     else:
-        types = f"{(tensor + ' ') * 4} {(stat + ' ') * 4} {index} {index} fp32 i32 {strides}"
+        types = f"{(tensor + ' ') * 4} {(stat + ' ') * 4} {index} {index} fp32 i32 i32 {strides}"
         function = attention_backward_dkdv
         constants["HEADS_EACH"] = 1
     return make_case(f"attention {kernel} d{head_dim}", arch, function, types, constants, tile)

@@ -1,6 +1,7 @@
 """Mixed attention with 2D-RoPE: text causal, the tokens of an image both ways (LaVer, arXiv 2512.06281)."""
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ MAX_HEAD_DIM = 128  # beyond it the backward's accumulators no longer fit the re
 NAME = "mixed_attention"
 
 
+@overload
 def mixed_attention(
     q_THD: Tensor,
     k_TGD: Tensor,
@@ -22,18 +24,50 @@ def mixed_attention(
     rope: tuple[Tensor, Tensor] | None = None,
     *,
     softmax_scale: float | None = None,
+    return_lse: Literal[False] = False,
     impl: Impl = "auto",
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def mixed_attention(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    intervals: Intervals,
+    rope: tuple[Tensor, Tensor] | None = None,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: Literal[True],
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def mixed_attention(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    intervals: Intervals,
+    rope: tuple[Tensor, Tensor] | None = None,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over one packed sequence where every row sees one interval of keys, `[T, H, D]` like `q_THD`.
 
-    `k_TGD` and `v_TGD` have G heads, H a multiple of G. `rope` is `rope_table`'s (cos, sin), fp32 `[T, D/2]`,
-    and rotates q and k inside. `softmax_scale` defaults to 1 / sqrt(D). Inputs may be strided views. Under
-    autocast q, k and v are cast to its dtype. Rows that see nothing give 0 and receive no gradient.
+    `k_TGD` and `v_TGD` have G heads, H a multiple of G, and as many tokens as the intervals have columns.
+    `rope` is `rope_table`'s (cos, sin), fp32 `[T, D/2]`, and rotates q and k inside; where there are fewer queries
+    than keys (a KV cache) both come rotated. `softmax_scale` defaults to 1 / sqrt(D). Inputs may be strided views.
+    Under autocast q, k and v are cast to its dtype. Rows that see nothing give 0 and receive no gradient.
+    `return_lse` adds the natural log-sum-exps of the scores, fp32 `[H, T]`, differentiable, -inf for rows that see
+    nothing: what `merge_attention` joins attention over parts of the keys with.
+
+    Batched: `[B, T, H, D]` in and out, lse `[B, H, T]`. The intervals have T rows, the same for all sequences, or B * T
+    (`Intervals.cat`); `rope` likewise.
 
     Raises:
         ValueError: dtypes, shapes or devices that do not fit, a head dimension that is odd or above 128,
             a scale that is not positive, H not a multiple of G, or an interval mask that contradicts itself.
     """
+    if isinstance(q_THD, Tensor) and q_THD.dim() == 4:
+        return _batched(q_THD, k_TGD, v_TGD, intervals, rope, softmax_scale, return_lse, impl)
     want_tensor(NAME, "q_THD", q_THD, ("T", "H", "D"))
     dtype = autocast_dtype(q_THD.device)
     if dtype is not None:
@@ -44,14 +78,50 @@ def mixed_attention(
     elif not softmax_scale > 0:
         raise ValueError(f"{NAME}: softmax_scale={softmax_scale}, want a positive number")
     backend = choose(impl, q_THD, NAME)
-    if q_THD.shape[0] == 0:
-        return q_THD + 0 * (k_TGD.sum() + v_TGD.sum())
-    if backend == "triton":
+    arguments = (q_THD, k_TGD, v_TGD, intervals, rope, softmax_scale, return_lse)
+    lse_HT: Tensor | None
+    if q_THD.shape[0] == 0 or k_TGD.shape[0] == 0:
+        out_THD, lse_HT = _nothing(q_THD, k_TGD, v_TGD)
+    elif backend == "triton":
         from laver_kernels.mixed_attention import triton
 
-        return triton.mixed_attention(q_THD, k_TGD, v_TGD, intervals, rope, softmax_scale)
-    with torch.autocast(q_THD.device.type, enabled=False):
-        return blocked.mixed_attention(q_THD, k_TGD, v_TGD, intervals, rope, softmax_scale)
+        out_THD, lse_HT = triton.mixed_attention(*arguments)
+    else:
+        with torch.autocast(q_THD.device.type, enabled=False):
+            out_THD, lse_HT = blocked.mixed_attention(*arguments)
+    return (out_THD, lse_HT) if return_lse and lse_HT is not None else out_THD
+
+
+def _nothing(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> tuple[Tensor, Tensor]:
+    """No queries, or no keys for them to see."""
+    lse_HT = q_THD.new_full(q_THD.shape[1::-1], -float("inf"), dtype=torch.float32)
+    return 0 * (q_THD + k_TGD.sum() + v_TGD.sum()), lse_HT
+
+
+def _batched(
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGD: Tensor,
+    intervals: Intervals,
+    rope: tuple[Tensor, Tensor] | None,
+    softmax_scale: float | None,
+    return_lse: bool,
+    impl: Impl,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A batch is a packed sequence whose documents are the sequences."""
+    batch, num_tokens, num_heads, head_dim = q_BTHD.shape
+    for name, x in (("k_BTGD", k_BTGD), ("v_BTGD", v_BTGD)):
+        want_tensor(NAME, name, x, (batch, "T", "G", head_dim))
+    if isinstance(intervals, Intervals) and len(intervals) == num_tokens:
+        intervals = intervals.repeated(batch)
+    if isinstance(rope, (tuple, list)) and batch > 1:
+        rope = tuple(table.repeat(batch, 1) if len(table) == num_tokens else table for table in rope)  # type: ignore
+    q_THD, k_TGD, v_TGD = (x.flatten(0, 1) for x in (q_BTHD, k_BTGD, v_BTGD))
+    shape, options = (batch, num_tokens, num_heads, head_dim), {"softmax_scale": softmax_scale, "impl": impl}
+    if not return_lse:
+        return mixed_attention(q_THD, k_TGD, v_TGD, intervals, rope, **options).view(shape)  # type: ignore
+    out_THD, lse_HT = mixed_attention(q_THD, k_TGD, v_TGD, intervals, rope, return_lse=True, **options)  # type: ignore
+    return out_THD.view(shape), lse_HT.view(num_heads, batch, num_tokens).transpose(0, 1)
 
 
 def _check(
@@ -59,9 +129,11 @@ def _check(
 ) -> None:
     num_tokens, num_heads, head_dim = q_THD.shape
     dtypes, device = (q_THD.dtype,), q_THD.device
-    want_tensor(NAME, "k_TGD", k_TGD, (num_tokens, "G", head_dim), dtypes, device)
+    fits = isinstance(intervals, Intervals) and len(intervals) == num_tokens
+    num_keys = intervals.num_keys if fits else num_tokens
+    want_tensor(NAME, "k_TGD", k_TGD, (num_keys, "G", head_dim), dtypes, device)
     num_groups = k_TGD.shape[1]
-    want_tensor(NAME, "v_TGD", v_TGD, (num_tokens, num_groups, head_dim), dtypes, device)
+    want_tensor(NAME, "v_TGD", v_TGD, (num_keys, num_groups, head_dim), dtypes, device)
     if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(
             f"{NAME}: head dim {head_dim} is not supported, want an even one up to {MAX_HEAD_DIM}"
@@ -79,6 +151,11 @@ def _check(
         )
     intervals.validate()
     if rope is not None:
+        if num_keys != num_tokens:
+            raise ValueError(
+                f"{NAME}: rope with {num_tokens} queries and {num_keys} keys, want as many of both; "
+                "rotate q and k before (laver_kernels.rotate)"
+            )
         if not isinstance(rope, (tuple, list)) or len(rope) != 2:
             raise ValueError(f"{NAME}: rope is a {type(rope).__name__}, want (cos_TF, sin_TF)")
         for name, table in zip(("rope cos_TF", "rope sin_TF"), rope, strict=True):

@@ -40,12 +40,13 @@ def _dq_over_keys(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys"])
 def attention_backward_dq(
-    Q, K, V, OUT, DOUT, LSE, DELTA, DQ, COS, SIN, ROW_LO, ROW_HI, softmax_scale, scale_log2, num_tokens,
+    Q, K, V, OUT, DOUT, LSE, DLSE, DELTA, DQ, COS, SIN, ROW_LO, ROW_HI, softmax_scale, scale_log2,
+    num_tokens, num_keys,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot,
-    GROUP: tl.constexpr, ROTATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    HALF: tl.constexpr, HALF_PAD: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, ROTATE: tl.constexpr, HAS_DLSE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DQ `[T, H, D]` before rotation, and DELTA `[H, T]`, which the dk and dv kernel reads after this one."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -57,7 +58,7 @@ def attention_backward_dq(
     is_real = row < num_tokens
     lo = tl.load(ROW_LO + row, mask=is_real, other=0)
     hi = tl.load(ROW_HI + row, mask=is_real, other=0)
-    start, full_from, full_to, end = phase_bounds(lo, hi, is_real, num_tokens, COLUMNS)
+    start, full_from, full_to, end = phase_bounds(lo, hi, is_real, num_keys, COLUMNS)
 
     column, column_ok = head_columns(HALF, HALF_PAD)
     PAD: tl.constexpr = HALF != HALF_PAD
@@ -75,21 +76,23 @@ def attention_backward_dq(
     statistic = tl.cast(head, tl.int64) * num_tokens + row
     lse = tl.load(LSE + statistic, mask=is_real, other=float("inf"))
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if HAS_DLSE:  # d lse / d score is P: what flows into lse joins the sum that P multiplies
+        delta -= tl.load(DLSE + statistic, mask=is_real, other=0.0)
     tl.store(DELTA + statistic, delta, mask=is_real)
 
     K += tl.cast(group, tl.int64) * stride_kh
     V += tl.cast(group, tl.int64) * stride_vh
     dq = tl.zeros((ROWS, 2 * HALF_PAD), tl.float32)
     dq = _dq_over_keys(
-        dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens,
+        dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_keys,
         start, full_from, COLUMNS, HALF, HALF_PAD, True, True, PRECISION,
     )  # fmt: skip
     dq = _dq_over_keys(
-        dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens,
+        dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_keys,
         full_from, full_to, COLUMNS, HALF, HALF_PAD, False, False, PRECISION,
     )  # fmt: skip
     dq = _dq_over_keys(
-        dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens,
+        dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_keys,
         full_to, end, COLUMNS, HALF, HALF_PAD, True, False, PRECISION,
     )  # fmt: skip
     row64 = row.to(tl.int64)
@@ -134,9 +137,9 @@ def _dkdv_over_queries(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys"])
 def attention_backward_dkdv(
-    Q, K, V, DOUT, LSE, DELTA, DK_PART, DV_PART, COL_LO, COL_HI, scale_log2, num_tokens,
+    Q, K, V, DOUT, LSE, DELTA, DK_PART, DV_PART, COL_LO, COL_HI, scale_log2, num_tokens, num_keys,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot,
     GROUP: tl.constexpr, HEADS_EACH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HALF: tl.constexpr, HALF_PAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -147,7 +150,7 @@ def attention_backward_dkdv(
     split = tl.program_id(2)
     key_in_tile = tl.arange(0, COLUMNS)
     key = key_start + key_in_tile
-    is_real = key < num_tokens
+    is_real = key < num_keys
     lo = tl.load(COL_LO + key, mask=is_real, other=0)
     hi = tl.load(COL_HI + key, mask=is_real, other=0)
     start, full_from, full_to, end = phase_bounds(lo, hi, is_real, num_tokens, ROWS)
@@ -158,8 +161,8 @@ def attention_backward_dkdv(
     v_offset = key_in_tile[:, None] * stride_vt + column[None, :]
     K += tl.cast(group, tl.int64) * stride_kh
     V += tl.cast(group, tl.int64) * stride_vh
-    k = load_tile(K, key_start, stride_kt, k_offset, key_in_tile, column_ok, num_tokens, True, PAD)
-    v = load_tile(V, key_start, stride_vt, v_offset, key_in_tile, column_ok, num_tokens, True, PAD)
+    k = load_tile(K, key_start, stride_kt, k_offset, key_in_tile, column_ok, num_keys, True, PAD)
+    v = load_tile(V, key_start, stride_vt, v_offset, key_in_tile, column_ok, num_keys, True, PAD)
     dk = tl.zeros((COLUMNS, 2 * HALF_PAD), tl.float32)
     dv = tl.zeros((COLUMNS, 2 * HALF_PAD), tl.float32)
     for member in range(HEADS_EACH):
@@ -182,7 +185,7 @@ def attention_backward_dkdv(
         )  # fmt: skip
     num_groups = tl.num_programs(1)
     stride_pt = num_groups * (2 * HALF)
-    part = (tl.cast(split, tl.int64) * num_tokens + key_start) * stride_pt + group * (2 * HALF)
+    part = (tl.cast(split, tl.int64) * num_keys + key_start) * stride_pt + group * (2 * HALF)
     offset = key_in_tile[:, None] * stride_pt + column[None, :]
     ok = is_real[:, None] & column_ok[None, :]
     tl.store(DK_PART + part + offset, dk, mask=ok)

@@ -43,8 +43,9 @@ def mixed_attention(
     intervals: Intervals,
     rope: tuple[Tensor, Tensor] | None,
     softmax_scale: float,
-) -> Tensor:
-    """The operation of `api.mixed_attention`, computed in fp32 (fp64 for fp64 inputs)."""
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and, where wanted, log-sum-exps of `api.mixed_attention`, in fp32 (fp64 for fp64 inputs)."""
     if rope is not None:
         q_THD, k_TGD = rotate(q_THD, *rope), rotate(k_TGD, *rope)
     wide = torch.promote_types(q_THD.dtype, torch.float32)
@@ -53,13 +54,30 @@ def mixed_attention(
     if plan.gather is not None:
         q, k, v = (x.index_select(0, plan.gather) for x in (q, k, v))
     # One split each: its backward is one concatenation, where slices would each fill a tensor with zeros.
-    sizes = [group.num_blocks * group.length for group in plan.groups]
-    parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), plan.groups, strict=True)
-    outputs = [_attend(*part, softmax_scale) for part in parts]
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if plan.scatter is not None:
-        out = out.index_select(0, plan.scatter)
-    return out.to(q_THD.dtype)
+    rows = [group.num_blocks * group.length for group in plan.groups]
+    columns = [group.num_blocks * group.mask_B1LL.shape[-1] for group in plan.groups]
+    parts = list(zip(q.split(rows), k.split(columns), v.split(columns), plan.groups, strict=True))
+    out = _ordered([_attend(*part, softmax_scale) for part in parts], plan).to(q_THD.dtype)
+    if not return_lse:
+        return out, None
+    return out, _ordered([_log_sum_exp(q, k, g, softmax_scale) for q, k, _, g in parts], plan).T
+
+
+def _ordered(parts: list[Tensor], plan: Plan) -> Tensor:
+    """The groups' rows as one tensor, in the order of the tokens."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole if plan.scatter is None else whole.index_select(0, plan.scatter)
+
+
+def _log_sum_exp(q: Tensor, k: Tensor, group: Group, softmax_scale: float) -> Tensor:
+    """Natural log-sum-exp of the scores that a row sees, `[B * L, H]`; -inf where it sees nothing."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    q_BLHD, k_BLHD = (x.view(group.num_blocks, -1, *x.shape[1:]) for x in (q, k))
+    score_BHLL = softmax_scale * torch.einsum("bihd,bjhd->bhij", q_BLHD, k_BLHD)
+    lse_BHL1 = score_BHLL.masked_fill(~group.mask_B1LL, -float("inf")).logsumexp(-1, keepdim=True)
+    if group.live_B1L1 is not None:
+        lse_BHL1 = torch.where(group.live_B1L1, lse_BHL1, -float("inf"))
+    return lse_BHL1[..., 0].transpose(1, 2).reshape(-1, q.shape[1])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, group: Group, softmax_scale: float) -> Tensor:
@@ -67,9 +85,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, group: Group, softmax_scale: float)
     heads_per_group = q.shape[1] // k.shape[1]
     if heads_per_group > 1:
         k, v = (x.repeat_interleave(heads_per_group, dim=1) for x in (k, v))
-    q_BHLD, k_BHLD, v_BHLD = (
-        x.view(group.num_blocks, group.length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
-    )
+    q_BHLD, k_BHLD, v_BHLD = (x.view(group.num_blocks, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     out_BHLD = F.scaled_dot_product_attention(
         q_BHLD, k_BHLD, v_BHLD, attn_mask=group.mask_B1LL, scale=softmax_scale
     )
@@ -88,6 +104,8 @@ def plan_of(intervals: Intervals) -> Plan:
 
 
 def _make_plan(intervals: Intervals) -> Plan:
+    if intervals.num_keys != len(intervals):
+        return Plan(groups=(_rectangle(intervals),), gather=None, scatter=None)
     bounds = intervals.blocks if intervals.blocks is not None else find_blocks(intervals)
     sizes = [(end - start, start) for start, end in itertools.pairwise(bounds)]
     same_length = len({length for length, _ in sizes}) == 1
@@ -109,6 +127,19 @@ def _make_plan(intervals: Intervals) -> Plan:
     scatter = torch.empty(len(intervals), dtype=torch.int64, device=device)
     scatter[gather[is_real]] = is_real.nonzero().flatten()
     return Plan(groups=tuple(groups), gather=gather, scatter=scatter)
+
+
+def _rectangle(intervals: Intervals) -> Group:
+    """Fewer queries than keys (a KV cache, a block of a ring): all of them at once."""
+    key_T = torch.arange(intervals.num_keys, device=intervals.device)
+    sees_TT = (key_T >= intervals.row_lo_T[:, None]) & (key_T < intervals.row_hi_T[:, None])
+    is_live_T1 = sees_TT.any(-1, keepdim=True)
+    return Group(
+        num_blocks=1,
+        length=len(intervals),
+        mask_B1LL=(sees_TT | ~is_live_T1)[None, None],
+        live_B1L1=None if bool(is_live_T1.all()) else is_live_T1[None, None],
+    )
 
 
 def _make_group(intervals: Intervals, start_B1: Tensor, token_BL: Tensor, is_real_BL: Tensor) -> Group:

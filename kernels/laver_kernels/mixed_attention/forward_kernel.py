@@ -40,9 +40,9 @@ def _attend_keys(
     return acc, row_sum, row_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys"])
 def attention_forward(
-    Q, K, V, OUT, LSE, ROW_LO, ROW_HI, scale_log2, num_tokens,
+    Q, K, V, OUT, LSE, ROW_LO, ROW_HI, scale_log2, num_tokens, num_keys,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HALF: tl.constexpr, HALF_PAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -58,7 +58,7 @@ def attention_forward(
     is_real = row < num_tokens
     lo = tl.load(ROW_LO + row, mask=is_real, other=0)
     hi = tl.load(ROW_HI + row, mask=is_real, other=0)
-    start, full_from, full_to, end = phase_bounds(lo, hi, is_real, num_tokens, COLUMNS)
+    start, full_from, full_to, end = phase_bounds(lo, hi, is_real, num_keys, COLUMNS)
 
     column, column_ok = head_columns(HALF, HALF_PAD)
     PAD: tl.constexpr = HALF != HALF_PAD
@@ -71,15 +71,15 @@ def attention_forward(
     row_sum = tl.zeros((ROWS,), tl.float32)
     row_max = tl.full((ROWS,), -1e30, tl.float32)
     acc, row_sum, row_max = _attend_keys(
-        acc, row_sum, row_max, q, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens,
+        acc, row_sum, row_max, q, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_keys,
         start, full_from, COLUMNS, HALF, HALF_PAD, True, True, PRECISION,
     )  # fmt: skip
     acc, row_sum, row_max = _attend_keys(
-        acc, row_sum, row_max, q, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens,
+        acc, row_sum, row_max, q, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_keys,
         full_from, full_to, COLUMNS, HALF, HALF_PAD, False, False, PRECISION,
     )  # fmt: skip
     acc, row_sum, row_max = _attend_keys(
-        acc, row_sum, row_max, q, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens,
+        acc, row_sum, row_max, q, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_keys,
         full_to, end, COLUMNS, HALF, HALF_PAD, True, False, PRECISION,
     )  # fmt: skip
 

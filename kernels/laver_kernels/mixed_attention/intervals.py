@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ from laver_kernels.mixed_attention.spans import Spans, as_spans, bounds_of_spans
 class Intervals:
     """Row `i` sees keys `[row_lo[i], row_hi[i])`; column `j` is seen by rows `[col_lo[j], col_hi[j])`.
 
-    All four are int32 `[T]` on one device. Among rows that see anything, lows and highs never decrease.
+    All four are int32 on one device, `[T]` where queries and keys are the same tokens; with a KV cache there are fewer
+    rows than columns. Among rows that see anything, lows and highs never decrease.
     A row with `lo >= hi` is empty: its output and its gradients are zero (padding).
     `blocks` are optional document boundaries as Python integers, `(0, end of first, ..., T)`: no row sees
     past its block. Only the reference uses them, to skip what no row sees; it finds them where they are None.
@@ -34,9 +36,15 @@ class Intervals:
     def __post_init__(self) -> None:
         device = self.row_lo_T.device
         num_tokens = self.row_lo_T.shape[0] if self.row_lo_T.dim() else 0
-        for name in ("row_lo_T", "row_hi_T", "col_lo_T", "col_hi_T"):
-            want_tensor("Intervals", name, getattr(self, name), (num_tokens,), (torch.int32,), device)
+        num_keys = self.col_lo_T.shape[0] if self.col_lo_T.dim() else 0
+        sizes = {"row_lo_T": num_tokens, "row_hi_T": num_tokens, "col_lo_T": num_keys, "col_hi_T": num_keys}
+        for name, size in sizes.items():
+            want_tensor("Intervals", name, getattr(self, name), (size,), (torch.int32,), device)
         if self.blocks is not None:
+            if num_keys != num_tokens:
+                raise ValueError(
+                    f"Intervals: blocks with {num_tokens} rows and {num_keys} columns, want a square"
+                )
             bounds = self.blocks
             ordered = all(a < b for a, b in itertools.pairwise(bounds))
             if len(bounds) < 1 or bounds[0] != 0 or bounds[-1] != num_tokens or not ordered:
@@ -46,6 +54,11 @@ class Intervals:
 
     def __len__(self) -> int:
         return self.row_lo_T.shape[0]
+
+    @property
+    def num_keys(self) -> int:
+        """Columns; `len` are the rows."""
+        return self.col_lo_T.shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -66,11 +79,56 @@ class Intervals:
 
     @classmethod
     def from_rows(
-        cls, row_lo_T: Tensor, row_hi_T: Tensor, blocks: tuple[int, ...] | None = None
+        cls,
+        row_lo_T: Tensor,
+        row_hi_T: Tensor,
+        blocks: tuple[int, ...] | None = None,
+        num_keys: int | None = None,
     ) -> "Intervals":
-        """Derives the column intervals from ordered row intervals, both int32 `[T]` (empty rows included)."""
-        col_lo_T, col_hi_T = _columns(row_lo_T, row_hi_T)
+        """Derives the column intervals from ordered row intervals, both int32 `[T]` (empty rows included).
+
+        `num_keys` are the columns, by default as many as rows.
+        """
+        col_lo_T, col_hi_T = _columns(row_lo_T, row_hi_T, len(row_lo_T) if num_keys is None else num_keys)
         return cls(row_lo_T=row_lo_T, row_hi_T=row_hi_T, col_lo_T=col_lo_T, col_hi_T=col_hi_T, blocks=blocks)
+
+    def part(self, rows: tuple[int, int], keys: tuple[int, int]) -> "Intervals":
+        """What rows [first, last) see of keys [first, last), counted from there: new tokens before a KV cache, or
+        one block of ring attention. Waits for nothing.
+        """
+        row, key = slice(*rows), slice(*keys)
+        num_rows, num_keys = rows[1] - rows[0], keys[1] - keys[0]
+        return Intervals(
+            row_lo_T=(self.row_lo_T[row] - keys[0]).clamp(0, num_keys),
+            row_hi_T=(self.row_hi_T[row] - keys[0]).clamp(0, num_keys),
+            col_lo_T=(self.col_lo_T[key] - rows[0]).clamp(0, num_rows),
+            col_hi_T=(self.col_hi_T[key] - rows[0]).clamp(0, num_rows),
+        )
+
+    @classmethod
+    def cat(cls, masks: Sequence["Intervals"]) -> "Intervals":
+        """Sequences after one another, none of which sees another: a batch as one packed sequence."""
+        num_rows = list(itertools.accumulate((len(mask) for mask in masks), initial=0))
+        num_keys = list(itertools.accumulate((mask.num_keys for mask in masks), initial=0))
+
+        def joined(name: str, offsets: list[int]) -> Tensor:
+            return torch.cat([getattr(mask, name) + by for mask, by in zip(masks, offsets[:-1], strict=True)])
+
+        return cls(
+            row_lo_T=joined("row_lo_T", num_keys),
+            row_hi_T=joined("row_hi_T", num_keys),
+            col_lo_T=joined("col_lo_T", num_rows),
+            col_hi_T=joined("col_hi_T", num_rows),
+        )
+
+    def repeated(self, count: int) -> "Intervals":
+        """`count` sequences with this mask each; remembered, since every layer asks."""
+        if count == 1:
+            return self
+        known = self.__dict__.setdefault("_repeated", {})
+        if count not in known:
+            known[count] = Intervals.cat([self] * count)
+        return known[count]
 
     @classmethod
     def from_spans(
@@ -123,9 +181,9 @@ class Intervals:
         lo_T, hi_T = self.row_lo_T, self.row_hi_T
         seen = (lo_T < hi_T).nonzero().flatten()
         lo, hi = lo_T[seen], hi_T[seen]
-        if len(seen) and (int(lo.min()) < 0 or int(hi.max()) > len(self)):
+        if len(seen) and (int(lo.min()) < 0 or int(hi.max()) > self.num_keys):
             raise ValueError(
-                f"Intervals: rows reach [{int(lo.min())}, {int(hi.max())}), want within [0, {len(self)})"
+                f"Intervals: rows reach [{int(lo.min())}, {int(hi.max())}), want within [0, {self.num_keys})"
             )
         for name, bound in (("row_lo_T", lo), ("row_hi_T", hi)):
             falls = (bound[1:] < bound[:-1]).nonzero().flatten()
@@ -141,7 +199,7 @@ class Intervals:
         return True
 
     def _check_columns(self) -> None:
-        want_lo, want_hi = _columns(self.row_lo_T, self.row_hi_T)
+        want_lo, want_hi = _columns(self.row_lo_T, self.row_hi_T, self.num_keys)
         # Compared as ranges over the rows that see anything: empty rows inside an interval change nothing.
         rank = torch.zeros(len(self) + 1, dtype=torch.int64)
         rank[1:] = (self.row_lo_T < self.row_hi_T).cumsum(0)
@@ -169,11 +227,11 @@ class Intervals:
             )
 
 
-def _columns(row_lo_T: Tensor, row_hi_T: Tensor) -> tuple[Tensor, Tensor]:
+def _columns(row_lo_T: Tensor, row_hi_T: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
     """Column `j` is seen from the first row whose `hi` exceeds `j` up to the first row whose `lo` does."""
     num_tokens = len(row_lo_T)
     seen = (row_lo_T < row_hi_T).nonzero().flatten()
-    column = torch.arange(num_tokens, dtype=torch.int32, device=row_lo_T.device)
+    column = torch.arange(num_keys, dtype=torch.int32, device=row_lo_T.device)
     first = torch.searchsorted(row_hi_T[seen].contiguous(), column, right=True)
     last = torch.searchsorted(row_lo_T[seen].contiguous(), column, right=True)
     # Back from the k-th row that sees anything to its place in the sequence; an empty interval stays empty.

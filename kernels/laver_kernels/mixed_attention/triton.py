@@ -24,13 +24,17 @@ def mixed_attention(
     intervals: Intervals,
     rope: tuple[Tensor, Tensor] | None,
     softmax_scale: float,
-) -> Tensor:
-    """The operation of `api.mixed_attention` for fp16, bf16 and fp32."""
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and, where wanted, log-sum-exps of `api.mixed_attention` for fp16, bf16 and fp32."""
     want_kernel_dtype("mixed_attention", q_THD)
     cos_TF, sin_TF = (None, None) if rope is None else rope
     bounds = (intervals.row_lo_T, intervals.row_hi_T, intervals.col_lo_T, intervals.col_hi_T)
-    out_THD, *_ = forward_op(q_THD, k_TGD, v_TGD, *bounds, cos_TF, sin_TF, softmax_scale)
-    return out_THD
+    out_THD, lse_HT, *_ = forward_op(q_THD, k_TGD, v_TGD, *bounds, cos_TF, sin_TF, softmax_scale)
+    if not return_lse:
+        return out_THD, None
+    # In base 2 and +inf where a row sees nothing, so that the backward's exp2(score - lse) is 0 there.
+    return out_THD, torch.where(lse_HT < float("inf"), lse_HT / LOG2_E, -float("inf"))
 
 
 @torch.library.custom_op("laver_kernels::mixed_attention", mutates_args=())
@@ -62,7 +66,7 @@ def forward_op(
             saved = (q.new_empty(0), q.new_empty(0))
         attention_forward[(triton.cdiv(num_tokens, tile.rows), num_heads)](
             q, k, v, out_THD, lse_HT, row_lo_T.contiguous(), row_hi_T.contiguous(),
-            softmax_scale * LOG2_E, num_tokens,
+            softmax_scale * LOG2_E, num_tokens, len(k),
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out_THD.stride(0),
             GROUP=num_heads // num_groups, ROWS=tile.rows, COLUMNS=tile.columns,
             HALF=half, HALF_PAD=padded(head_dim) // 2, PRECISION=dot_precision(q.dtype),
@@ -98,6 +102,7 @@ def _rotated(q_THD: Tensor, k_TGD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tu
 @torch.library.custom_op("laver_kernels::mixed_attention_backward", mutates_args=())
 def backward_op(
     dout_THD: Tensor,
+    dlse_HT: Tensor | None,
     out_THD: Tensor,
     lse_HT: Tensor,
     q_THD: Tensor,
@@ -111,7 +116,7 @@ def backward_op(
     sin_TF: Tensor | None,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v before rotation, from rotated q and k."""
+    """Gradients of q, k and v before rotation, from rotated q and k; `dlse_HT` is of LSE in base 2."""
     q, k, v = (inner_contiguous(x) for x in (q_THD, k_TGD, v_TGD))
     dout = dout_THD.contiguous()
     # Without rotation the kernels never read the table; any fp32 pointer stands in.
@@ -132,7 +137,7 @@ def backward_op(
     rotate = cos_TF is not None
     with on_device_of(q):
         dq, delta_HT = _launch_dq(
-            q, k, v, out_THD, dout, lse_HT, table, rows, softmax_scale, rotate, strides, shape
+            q, k, v, out_THD, dout, lse_HT, dlse_HT, table, rows, softmax_scale, rotate, strides, shape
         )
         dk_part, dv_part = _launch_dkdv(
             q, k, v, dout, lse_HT, delta_HT, columns, softmax_scale, strides, shape
@@ -141,28 +146,30 @@ def backward_op(
     return dq, dk, dv
 
 
-def _launch_dq(q, k, v, out, dout, lse, table, rows, softmax_scale, rotate, strides, shape):
+def _launch_dq(q, k, v, out, dout, lse, dlse, table, rows, softmax_scale, rotate, strides, shape):
     num_tokens, num_heads, head_dim = q.shape
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     delta = torch.empty_like(lse)
+    # To a score in natural units; without a gradient of LSE the kernel reads none.
+    dlse_natural = lse if dlse is None else (dlse * LOG2_E).contiguous()
     tile = attention_tile("dq", architecture(q.device), head_dim, q.dtype)
     attention_backward_dq[(triton.cdiv(num_tokens, tile.rows), num_heads)](
-        q, k, v, out, dout, lse, delta, dq, *table, *rows, softmax_scale, softmax_scale * LOG2_E, num_tokens,
-        *strides, **shape, ROTATE=rotate, ROWS=tile.rows, COLUMNS=tile.columns,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        q, k, v, out, dout, lse, dlse_natural, delta, dq, *table, *rows, softmax_scale, softmax_scale * LOG2_E,
+        num_tokens, len(k), *strides, **shape, ROTATE=rotate, HAS_DLSE=dlse is not None,
+        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dq, delta
 
 
 def _launch_dkdv(q, k, v, dout, lse, delta, columns, softmax_scale, strides, shape):
-    num_tokens, num_groups, head_dim = k.shape
+    num_keys, num_groups, head_dim = k.shape
     group = shape["GROUP"]
     tile = attention_tile("dkdv", architecture(q.device), head_dim, q.dtype)
-    key_tiles = triton.cdiv(num_tokens, tile.columns)
+    key_tiles = triton.cdiv(num_keys, tile.columns)
     splits = head_splits(key_tiles * num_groups, group, q.device)
     dk_part, dv_part = (torch.empty(splits, *k.shape, dtype=torch.float32, device=q.device) for _ in range(2))
     attention_backward_dkdv[(key_tiles, num_groups, splits)](
-        q, k, v, dout, lse, delta, dk_part, dv_part, *columns, softmax_scale * LOG2_E, num_tokens,
+        q, k, v, dout, lse, delta, dk_part, dv_part, *columns, softmax_scale * LOG2_E, len(q), num_keys,
         *strides, **shape, HEADS_EACH=group // splits, ROWS=tile.rows, COLUMNS=tile.columns,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -181,7 +188,7 @@ def _combine(dk_part, dv_part, k, table, softmax_scale, rotate):
 
 
 @backward_op.register_fake
-def _(dout, out, lse, q, k, v, row_lo, row_hi, col_lo, col_hi, cos, sin, softmax_scale):
+def _(dout, dlse, out, lse, q, k, v, row_lo, row_hi, col_lo, col_hi, cos, sin, softmax_scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -200,7 +207,7 @@ def head_splits(programs: int, group: int, device: torch.device) -> int:
 def _save_for_backward(ctx, inputs, output) -> None:
     q, k, v, row_lo, row_hi, col_lo, col_hi, cos, sin, softmax_scale = inputs
     out, lse, q_rotated, k_rotated = output
-    ctx.mark_non_differentiable(lse, q_rotated, k_rotated)
+    ctx.mark_non_differentiable(q_rotated, k_rotated)
     ctx.set_materialize_grads(False)
     if cos is not None:
         q, k = q_rotated, k_rotated
@@ -208,10 +215,12 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.softmax_scale = softmax_scale
 
 
-def _backward(ctx, dout, *_):
-    if dout is None:
+def _backward(ctx, dout, dlse, *_):
+    if dout is None and dlse is None:
         return (None,) * 10
-    dq, dk, dv = backward_op(dout, *ctx.saved_tensors, ctx.softmax_scale)
+    if dout is None:
+        dout = torch.zeros_like(ctx.saved_tensors[0])
+    dq, dk, dv = backward_op(dout, dlse, *ctx.saved_tensors, ctx.softmax_scale)
     return dq, dk, dv, *(None,) * 7
 
 
