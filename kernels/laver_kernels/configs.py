@@ -4,6 +4,7 @@ The figures for sm_80 and sm_90 come from ahead-of-time compilation (`kernels/ao
 registers, spills); `kernels/README.md` says which of them were timed. "interpreter" is Triton on the CPU.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,7 @@ GRAM_FP32 = Tile(rows=32, columns=32, depth=32, num_warps=4, num_stages=2)
 GRAM_INTERPRETER = Tile(rows=32, columns=32, depth=32)
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     """The table's row for a device of sm_80 or newer: its own architecture or the nearest older one."""
     if device.type != "cuda":
@@ -72,6 +74,8 @@ def attention_tile(kernel: str, arch: str, head_dim: int, dtype: torch.dtype) ->
         return ATTENTION_INTERPRETER
     if dtype == torch.float32:
         return ATTENTION_FP32
+    if (arch, kernel, head_dim) in ATTENTION:
+        return ATTENTION[arch, kernel, head_dim]
     fits = min(limit for a, k, limit in ATTENTION if (a, k) == (arch, kernel) and limit >= head_dim)
     return ATTENTION[arch, kernel, fits]
 

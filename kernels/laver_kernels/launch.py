@@ -1,6 +1,8 @@
 """What every Triton launch needs: the right device, precision and dtypes."""
 
 import contextlib
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +12,74 @@ from laver_kernels.backend import KERNEL_DTYPES
 MAX_ROW_STRIDE = (2**31 - 1) // 128 - 128  # a tile has up to 128 rows
 
 
+_COMPILED: dict[tuple, tuple[Any, tuple]] = {}
+"""What has been launched before, by everything that decides what Triton compiles."""
+
+
+def regular(tensors: Sequence[Tensor], strides: Sequence[int], sizes: Sequence[int]) -> tuple | None:
+    """What else than constants decides which kernel is launched; None where that would take a longer look.
+
+    Triton compiles for types, for multiples of 16 and for values of 1. Nearly always all pointers and strides are
+    multiples of 16, and then only the first tensor's type and device and the numbers of tokens remain.
+    """
+    bits = 0
+    for tensor in tensors:
+        bits |= tensor.data_ptr()
+    for stride in strides:
+        bits |= stride
+        if stride >= 2**31:
+            return None
+    if bits & 15:
+        return None
+    first = tensors[0]
+    return first.dtype, first.device.index, *[1 if size == 1 else 16 * (size & 15 == 0) for size in sizes]
+
+
+def launch(
+    kernel: Any, grid: tuple[int, int, int], key: tuple | None, *arguments: Any,
+    num_warps: int, num_stages: int, **constants: Any,
+) -> None:  # fmt: skip
+    """`kernel[grid](*arguments, **constants)`, in a fraction of the time where the same kernel ran before.
+
+    Triton takes 16 microseconds a launch to find the compiled kernel again. `key` is `regular` of the caller's tensors
+    (fresh ones are aligned); with None every launch asks Triton. `constants` are the kernel's last arguments.
+    """
+    full_key = None if key is None else (id(kernel), key, num_warps, num_stages, *constants.values())
+    found = _COMPILED.get(full_key) if full_key is not None else None
+    if found is not None:
+        compiled, tail = found
+        compiled[grid](*arguments, *tail)
+        return
+    compiled = kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+    if full_key is not None and compiled is not None:  # None: interpreted
+        tail = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        _COMPILED[full_key] = compiled, tail
+
+
+def runs_directly(*tensors: Tensor) -> bool:
+    """Whether an operation may run without the dispatcher: nothing traces, transforms or watches it.
+
+    The registered operators cost a hundred microseconds a call; what needs them (torch.compile, fake tensors, vmap,
+    selective recompute, tensor subclasses) still goes through them.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own takes ten microseconds on the host."""
+    return -(-a // b)
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from laver_kernels.configs import Tile, architecture, gram_tile
 from laver_kernels.gram import waves
 from laver_kernels.gram.kernels import gram_backward, gram_forward, inverse_norms
-from laver_kernels.launch import dot_precision, inner_contiguous, on_device_of, want_kernel_dtype
+from laver_kernels.launch import cdiv, dot_precision, inner_contiguous, on_device_of, want_kernel_dtype
 
 
 def gram_loss(student_NK: Tensor, teacher_NK: Tensor, lengths: tuple[int, ...], clip: bool) -> Tensor:
@@ -54,7 +54,7 @@ class _Layout:
     @property
     def num_blocks(self) -> int:
         """The most tiles along one side of an image."""
-        return triton.cdiv(max(self.lengths), self.gram.rows)
+        return cdiv(max(self.lengths), self.gram.rows)
 
     def split(self) -> tuple[waves.Split, ...]:
         return waves.split(self.lengths, self.gram.rows, self.gradient.rows, self.max_elements)
@@ -139,7 +139,7 @@ def _launch_gradient(
     """The rows of the student's gradient that a wave's W gives."""
     student, tile, plan = latents.student, layout.gradient, layout.plan()
     num_rows, width = student.shape
-    gram_backward[(triton.cdiv(width, tile.columns), len(wave.gradient_tiles))](
+    gram_backward[(cdiv(width, tile.columns), len(wave.gradient_tiles))](
         w, student, latents.r_student, dots, grad, out, wave.gradient_tiles, plan.starts, plan.lengths,
         wave.w_starts, num_rows, width, student.stride(0), out.stride(0),
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, DOTS_BLOCK=layout.gram.rows,

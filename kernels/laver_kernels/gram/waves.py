@@ -6,12 +6,12 @@ after another in the same memory. An image too large for the workspace goes in s
 
 import functools
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
+
+from laver_kernels.launch import cdiv
 
 WORKSPACE_BYTES = 256 * 2**20  # 64 images of 1024 tokens take 128 MiB in bf16: nothing is made twice
 
@@ -59,7 +59,7 @@ class Plan:
 
 def w_stride(length: int) -> int:
     """Elements from one row of an image's W to the next: rows start on 16 bytes."""
-    return triton.cdiv(length, 8) * 8
+    return cdiv(length, 8) * 8
 
 
 @functools.lru_cache(maxsize=64)
@@ -80,8 +80,8 @@ def split(lengths: tuple[int, ...], block: int, rows: int, max_elements: int) ->
         slabs, used = [], 0
 
     for image, length in enumerate(lengths):
-        stride, blocks = w_stride(length), triton.cdiv(length, block)
-        size = triton.cdiv(length * stride, 16) * 16
+        stride, blocks = w_stride(length), cdiv(length, block)
+        size = cdiv(length * stride, 16) * 16
         if size > max_elements:
             close()
             step = max(1, max_elements // (unit * stride)) * (unit // block)
@@ -106,54 +106,91 @@ def num_kept(waves: tuple[Split, ...]) -> int:
 
 @functools.lru_cache(maxsize=64)
 def plan_of(lengths: tuple[int, ...], block: int, rows: int, max_elements: int, device: torch.device) -> Plan:
-    """The launches on a device; remembered, since fixed-resolution images repeat."""
+    """The launches on a device; remembered, since fixed-resolution images repeat.
+
+    At native resolution every step brings new lengths: all lists go to the device in one copy.
+    """
     waves = split(lengths, block, rows, max_elements)
     keep = num_kept(waves)
     kept_images = {slab.image for wave in waves[:keep] for slab in wave.slabs}
     others = [image for image in range(len(lengths)) if image not in kept_images]
     starts = list(itertools.accumulate(lengths, initial=0))[:-1]
+    lists = [
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(lengths, dtype=torch.int32),
+        _tiles([(image, _triangle(cdiv(lengths[image], block))) for image in others], 3),
+    ]
+    for wave in waves:
+        lists += _wave_lists(wave, lengths, block, rows)
+    starts_I, lengths_I, other_tiles, *rest = _on_device(lists, device)
     return Plan(
-        starts=_on_device(starts, torch.int32, device),
-        lengths=_on_device(lengths, torch.int32, device),
-        waves=tuple(_on_device_wave(wave, lengths, block, rows, device) for wave in waves),
-        other_tiles=_on_device(
-            [tile for image in others for tile in _triangle(image, triton.cdiv(lengths[image], block))],
-            torch.int32,
-            device,
+        starts=starts_I,
+        lengths=lengths_I,
+        waves=tuple(
+            Wave(
+                gram_tiles=rest[3 * at],
+                gradient_tiles=rest[3 * at + 1],
+                w_starts=rest[3 * at + 2],
+                w_elements=wave.w_elements,
+                is_whole=wave.is_whole,
+            )
+            for at, wave in enumerate(waves)
         ),
+        other_tiles=other_tiles,
         num_kept=keep,
     )
 
 
-def _triangle(image: int, blocks: int) -> list[tuple[int, int, int]]:
-    return [(image, i, j) for i in range(blocks) for j in range(i, blocks)]
-
-
-def _on_device_wave(
-    wave: Split, lengths: tuple[int, ...], block: int, rows: int, device: torch.device
-) -> Wave:
+def _wave_lists(wave: Split, lengths: tuple[int, ...], block: int, rows: int) -> list[Tensor]:
+    """A wave's Gram tiles, gradient tiles and starts of W, on the host."""
     gram, gradient = [], []
     w_starts = [0] * len(lengths)
     for slab in wave.slabs:
         length = lengths[slab.image]
-        blocks = triton.cdiv(length, block)
-        if wave.is_whole:
-            gram += _triangle(slab.image, blocks)
-        else:
-            gram += [(slab.image, i, j) for i in range(slab.first, slab.last) for j in range(blocks)]
+        blocks = cdiv(length, block)
+        tiles = _triangle(blocks) if wave.is_whole else _rectangle(slab.first, slab.last, blocks)
+        gram.append((slab.image, tiles))
         end = min(length, slab.last * block)
-        gradient += [(slab.image, i) for i in range(slab.first * block // rows, triton.cdiv(end, rows))]
+        gradient.append((slab.image, _rectangle(slab.first * block // rows, cdiv(end, rows), 1)[:, :1]))
         w_starts[slab.image] = slab.w_start
-    return Wave(
-        gram_tiles=_on_device(gram, torch.int32, device),
-        gradient_tiles=_on_device(gradient, torch.int32, device),
-        w_starts=_on_device(w_starts, torch.int64, device),
-        w_elements=wave.w_elements,
-        is_whole=wave.is_whole,
-    )
+    return [_tiles(gram, 3), _tiles(gradient, 2), torch.tensor(w_starts, dtype=torch.int64)]
 
 
-def _on_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Through pinned memory on a GPU: a copy from pageable memory may wait for the stream."""
-    tensor = torch.tensor(values, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+@functools.lru_cache(maxsize=1024)
+def _triangle(blocks: int) -> Tensor:
+    """(i, j) with i <= j, row after row."""
+    return torch.triu_indices(blocks, blocks, dtype=torch.int32).T.contiguous()
+
+
+@functools.lru_cache(maxsize=1024)
+def _rectangle(first: int, last: int, blocks: int) -> Tensor:
+    i, j = torch.arange(first, last, dtype=torch.int32), torch.arange(blocks, dtype=torch.int32)
+    return torch.cartesian_prod(i, j).reshape(-1, 2)
+
+
+def _tiles(parts: list[tuple[int, Tensor]], width: int) -> Tensor:
+    """Tiles of several images, each with its image before it: int32 `[n, width]`."""
+    if not parts:
+        return torch.empty(0, width, dtype=torch.int32)
+    counts = torch.tensor([len(tiles) for _, tiles in parts])
+    images = torch.tensor([image for image, _ in parts], dtype=torch.int32).repeat_interleave(counts)
+    return torch.cat([images[:, None], torch.cat([tiles for _, tiles in parts])], dim=1)
+
+
+def _on_device(lists: list[Tensor], device: torch.device) -> list[Tensor]:
+    """All of them through one pinned buffer: a copy from pageable memory may wait for the stream.
+
+    Each begins on 16 bytes: where a pointer does not, Triton compiles another kernel.
+    """
+    if device.type != "cuda":
+        return lists
+    sizes = [-(-each.nbytes // 16) * 4 for each in lists]
+    buffer = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=True)
+    for place, each in zip(buffer.split(sizes), lists, strict=True):
+        flat = each.flatten().view(torch.int32)
+        place[: len(flat)] = flat
+    places = buffer.to(device, non_blocking=True).split(sizes)
+    return [
+        place[: each.nbytes // 4].view(each.dtype).view(each.shape)
+        for place, each in zip(places, lists, strict=True)
+    ]

@@ -72,7 +72,7 @@ def mixed_attention(
     dtype = autocast_dtype(q_THD.device)
     if dtype is not None:
         q_THD, k_TGD, v_TGD = (x.to(dtype) if x.is_floating_point() else x for x in (q_THD, k_TGD, v_TGD))
-    _check(q_THD, k_TGD, v_TGD, intervals, rope)
+    _check_once(q_THD, k_TGD, v_TGD, intervals, rope)
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(q_THD.shape[-1])
     elif not softmax_scale > 0:
@@ -122,6 +122,21 @@ def _batched(
         return mixed_attention(q_THD, k_TGD, v_TGD, intervals, rope, **options).view(shape)  # type: ignore
     out_THD, lse_HT = mixed_attention(q_THD, k_TGD, v_TGD, intervals, rope, return_lse=True, **options)  # type: ignore
     return out_THD.view(shape), lse_HT.view(num_heads, batch, num_tokens).transpose(0, 1)
+
+
+def _check_once(
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, intervals: Intervals, rope: tuple[Tensor, Tensor] | None
+) -> None:
+    """The checks, which every layer would repeat on the same shapes with the same mask and table."""
+    tensors = (q_THD, k_TGD, v_TGD, *(rope or ()))
+    if torch.compiler.is_compiling() or not all(isinstance(x, Tensor) for x in tensors):
+        return _check(q_THD, k_TGD, v_TGD, intervals, rope)
+    seen = intervals.__dict__.setdefault("_checked", set()) if isinstance(intervals, Intervals) else set()
+    signature = tuple((x.shape, x.dtype, x.device) for x in tensors)
+    if signature not in seen:
+        _check(q_THD, k_TGD, v_TGD, intervals, rope)
+        seen.add(signature)
+    return None
 
 
 def _check(

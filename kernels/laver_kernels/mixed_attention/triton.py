@@ -1,13 +1,22 @@
 """Mixed attention on Triton: three registered operators (rotate, forward, backward) and their autograd."""
 
+import functools
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from laver_kernels.configs import architecture, attention_tile, padded
-from laver_kernels.launch import dot_precision, inner_contiguous, on_device_of, want_kernel_dtype
+from laver_kernels.launch import (
+    cdiv,
+    dot_precision,
+    inner_contiguous,
+    launch,
+    on_device_of,
+    regular,
+    runs_directly,
+    want_kernel_dtype,
+)
 from laver_kernels.mixed_attention.backward_kernels import attention_backward_dkdv, attention_backward_dq
 from laver_kernels.mixed_attention.forward_kernel import attention_forward
 from laver_kernels.mixed_attention.intervals import Intervals
@@ -15,6 +24,7 @@ from laver_kernels.mixed_attention.rotation_kernels import combine_partials, rot
 
 LOG2_E = math.log2(math.e)
 ELEMENTWISE_ROWS = 16
+TRITON_DEFAULTS = {"num_warps": 4, "num_stages": 3}  # of the elementwise kernels
 
 
 def mixed_attention(
@@ -30,15 +40,18 @@ def mixed_attention(
     want_kernel_dtype("mixed_attention", q_THD)
     cos_TF, sin_TF = (None, None) if rope is None else rope
     bounds = (intervals.row_lo_T, intervals.row_hi_T, intervals.col_lo_T, intervals.col_hi_T)
-    out_THD, lse_HT, *_ = forward_op(q_THD, k_TGD, v_TGD, *bounds, cos_TF, sin_TF, softmax_scale)
+    rest = (*bounds, cos_TF, sin_TF, softmax_scale)
+    if runs_directly(q_THD, k_TGD, v_TGD):
+        out_THD, lse_HT = _Attention.apply(q_THD, k_TGD, v_TGD, rest)
+    else:
+        out_THD, lse_HT, *_ = forward_op(q_THD, k_TGD, v_TGD, *rest)
     if not return_lse:
         return out_THD, None
     # In base 2 and +inf where a row sees nothing, so that the backward's exp2(score - lse) is 0 there.
     return out_THD, torch.where(lse_HT < float("inf"), lse_HT / LOG2_E, -float("inf"))
 
 
-@torch.library.custom_op("laver_kernels::mixed_attention", mutates_args=())
-def forward_op(
+def forward(
     q_THD: Tensor,
     k_TGD: Tensor,
     v_TGD: Tensor,
@@ -58,21 +71,29 @@ def forward_op(
     lse_HT = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
     tile = attention_tile("forward", architecture(q.device), head_dim, q.dtype)
     half = head_dim // 2
+    bounds = (row_lo_T.contiguous(), row_hi_T.contiguous())
+    tensors = (q, k, v, *bounds) if cos_TF is None or sin_TF is None else (q, k, v, *bounds, cos_TF, sin_TF)
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], num_heads * head_dim)
+    key = regular(tensors, strides, (num_tokens, k.shape[0]))
     with on_device_of(q):
         if cos_TF is not None and sin_TF is not None:
-            q, k = _rotated(q, k, cos_TF.contiguous(), sin_TF.contiguous())
+            q, k = _rotated(q, k, cos_TF.contiguous(), sin_TF.contiguous(), key)
             saved = (q, k)
         else:
             saved = (q.new_empty(0), q.new_empty(0))
-        attention_forward[(triton.cdiv(num_tokens, tile.rows), num_heads)](
-            q, k, v, out_THD, lse_HT, row_lo_T.contiguous(), row_hi_T.contiguous(),
-            softmax_scale * LOG2_E, num_tokens, len(k),
+        launch(
+            attention_forward, (cdiv(num_tokens, tile.rows), num_heads, 1), key,
+            q, k, v, out_THD, lse_HT, *bounds,
+            softmax_scale * LOG2_E, num_tokens, k.shape[0],
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out_THD.stride(0),
             GROUP=num_heads // num_groups, ROWS=tile.rows, COLUMNS=tile.columns,
             HALF=half, HALF_PAD=padded(head_dim) // 2, PRECISION=dot_precision(q.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return out_THD, lse_HT, *saved
+
+
+forward_op = torch.library.custom_op("laver_kernels::mixed_attention", forward, mutates_args=())
 
 
 @forward_op.register_fake
@@ -84,23 +105,25 @@ def _(q_THD, k_TGD, v_TGD, row_lo_T, row_hi_T, col_lo_T, col_hi_T, cos_TF, sin_T
     return out_THD, lse_HT, q_THD.new_empty(q_THD.shape), k_TGD.new_empty(k_TGD.shape)
 
 
-def _rotated(q_THD: Tensor, k_TGD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> tuple[Tensor, Tensor]:
+def _rotated(
+    q_THD: Tensor, k_TGD: Tensor, cos_TF: Tensor, sin_TF: Tensor, key: tuple | None
+) -> tuple[Tensor, Tensor]:
     num_tokens, num_heads, head_dim = q_THD.shape
     num_groups = k_TGD.shape[1]
     q_out = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     k_out = torch.empty(k_TGD.shape, dtype=k_TGD.dtype, device=k_TGD.device)
-    grid = (triton.cdiv(num_tokens, ELEMENTWISE_ROWS), num_heads + num_groups)
-    rotate_queries_and_keys[grid](
+    grid = (cdiv(num_tokens, ELEMENTWISE_ROWS), num_heads + num_groups, 1)
+    launch(
+        rotate_queries_and_keys, grid, key,
         q_THD, k_TGD, q_out, k_out, cos_TF, sin_TF, num_tokens,
         q_THD.stride(0), q_THD.stride(1), k_TGD.stride(0), k_TGD.stride(1),
         HEADS=num_heads, GROUPS=num_groups, ROWS=ELEMENTWISE_ROWS,
-        HALF=head_dim // 2, HALF_PAD=padded(head_dim) // 2,
+        HALF=head_dim // 2, HALF_PAD=padded(head_dim) // 2, **TRITON_DEFAULTS,
     )  # fmt: skip
     return q_out, k_out
 
 
-@torch.library.custom_op("laver_kernels::mixed_attention_backward", mutates_args=())
-def backward_op(
+def backward(
     dout_THD: Tensor,
     dlse_HT: Tensor | None,
     out_THD: Tensor,
@@ -135,56 +158,65 @@ def backward_op(
         (col_lo_T.contiguous(), col_hi_T.contiguous()),
     )
     rotate = cos_TF is not None
+    key = regular(
+        (q, k, v, out_THD, dout, lse_HT, *table, *rows, *columns), strides, (q.shape[0], k.shape[0])
+    )
     with on_device_of(q):
         dq, delta_HT = _launch_dq(
-            q, k, v, out_THD, dout, lse_HT, dlse_HT, table, rows, softmax_scale, rotate, strides, shape
+            key, q, k, v, out_THD, dout, lse_HT, dlse_HT, table, rows, softmax_scale, rotate, strides, shape
         )
         dk_part, dv_part = _launch_dkdv(
-            q, k, v, dout, lse_HT, delta_HT, columns, softmax_scale, strides, shape
+            key, q, k, v, dout, lse_HT, delta_HT, columns, softmax_scale, strides, shape
         )
-        dk, dv = _combine(dk_part, dv_part, k, table, softmax_scale, rotate)
+        dk, dv = _combine(key, dk_part, dv_part, k, table, softmax_scale, rotate)
     return dq, dk, dv
 
 
-def _launch_dq(q, k, v, out, dout, lse, dlse, table, rows, softmax_scale, rotate, strides, shape):
+def _launch_dq(key, q, k, v, out, dout, lse, dlse, table, rows, softmax_scale, rotate, strides, shape):
     num_tokens, num_heads, head_dim = q.shape
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     delta = torch.empty_like(lse)
     # To a score in natural units; without a gradient of LSE the kernel reads none.
     dlse_natural = lse if dlse is None else (dlse * LOG2_E).contiguous()
     tile = attention_tile("dq", architecture(q.device), head_dim, q.dtype)
-    attention_backward_dq[(triton.cdiv(num_tokens, tile.rows), num_heads)](
+    launch(
+        attention_backward_dq, (cdiv(num_tokens, tile.rows), num_heads, 1), key,
         q, k, v, out, dout, lse, dlse_natural, delta, dq, *table, *rows, softmax_scale, softmax_scale * LOG2_E,
-        num_tokens, len(k), *strides, **shape, ROTATE=rotate, HAS_DLSE=dlse is not None,
+        num_tokens, k.shape[0], *strides, **shape, ROTATE=rotate, HAS_DLSE=dlse is not None,
         ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dq, delta
 
 
-def _launch_dkdv(q, k, v, dout, lse, delta, columns, softmax_scale, strides, shape):
+def _launch_dkdv(key, q, k, v, dout, lse, delta, columns, softmax_scale, strides, shape):
     num_keys, num_groups, head_dim = k.shape
     group = shape["GROUP"]
     tile = attention_tile("dkdv", architecture(q.device), head_dim, q.dtype)
-    key_tiles = triton.cdiv(num_keys, tile.columns)
+    key_tiles = cdiv(num_keys, tile.columns)
     splits = head_splits(key_tiles * num_groups, group, q.device)
     dk_part, dv_part = (torch.empty(splits, *k.shape, dtype=torch.float32, device=q.device) for _ in range(2))
-    attention_backward_dkdv[(key_tiles, num_groups, splits)](
-        q, k, v, dout, lse, delta, dk_part, dv_part, *columns, softmax_scale * LOG2_E, len(q), num_keys,
+    launch(
+        attention_backward_dkdv, (key_tiles, num_groups, splits), key,
+        q, k, v, dout, lse, delta, dk_part, dv_part, *columns, softmax_scale * LOG2_E, q.shape[0], num_keys,
         *strides, **shape, HEADS_EACH=group // splits, ROWS=tile.rows, COLUMNS=tile.columns,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dk_part, dv_part
 
 
-def _combine(dk_part, dv_part, k, table, softmax_scale, rotate):
+def _combine(key, dk_part, dv_part, k, table, softmax_scale, rotate):
     num_tokens, num_groups, head_dim = k.shape
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    combine_partials[(triton.cdiv(num_tokens, ELEMENTWISE_ROWS), num_groups)](
+    launch(
+        combine_partials, (cdiv(num_tokens, ELEMENTWISE_ROWS), num_groups, 1), key,
         dk_part, dv_part, dk, dv, *table, softmax_scale, num_tokens, GROUPS=num_groups,
-        SPLITS=len(dk_part), ROTATE=rotate, ROWS=ELEMENTWISE_ROWS,
-        HALF=head_dim // 2, HALF_PAD=padded(head_dim) // 2,
+        SPLITS=dk_part.shape[0], ROTATE=rotate, ROWS=ELEMENTWISE_ROWS,
+        HALF=head_dim // 2, HALF_PAD=padded(head_dim) // 2, **TRITON_DEFAULTS,
     )  # fmt: skip
     return dk, dv
+
+
+backward_op = torch.library.custom_op("laver_kernels::mixed_attention_backward", backward, mutates_args=())
 
 
 @backward_op.register_fake
@@ -200,8 +232,12 @@ def head_splits(programs: int, group: int, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return group
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return 1 if programs >= 8 * multiprocessors else group
+    return 1 if programs >= 8 * _multiprocessors(device) else group
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
@@ -222,6 +258,30 @@ def _backward(ctx, dout, dlse, *_):
         dout = torch.zeros_like(ctx.saved_tensors[0])
     dq, dk, dv = backward_op(dout, dlse, *ctx.saved_tensors, ctx.softmax_scale)
     return dq, dk, dv, *(None,) * 7
+
+
+class _Attention(torch.autograd.Function):
+    """The same without the dispatcher, for eager calls; `rest` are the inputs that get no gradient."""
+
+    @staticmethod
+    def forward(ctx, q_THD, k_TGD, v_TGD, rest):
+        out_THD, lse_HT, q, k = forward(q_THD, k_TGD, v_TGD, *rest)
+        ctx.set_materialize_grads(False)
+        if rest[4] is None:
+            q, k = q_THD, k_TGD
+        ctx.save_for_backward(out_THD, lse_HT, q, k, v_TGD)
+        ctx.rest = rest
+        return out_THD, lse_HT
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlse):
+        if dout is None and dlse is None:
+            return None, None, None, None
+        if dout is None:
+            dout = torch.zeros_like(ctx.saved_tensors[0])
+        run = backward if runs_directly(dout) else backward_op
+        return *run(dout, dlse, *ctx.saved_tensors, *ctx.rest), None
 
 
 forward_op.register_autograd(_backward, setup_context=_save_for_backward)
