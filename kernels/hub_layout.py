@@ -1,6 +1,6 @@
 """Writes the package in the layout of Hugging Face's kernel hub: a universal kernel, Triton alone, nothing to compile.
 
-    python kernels/hub_layout.py OUT    # OUT/build.toml, OUT/torch-ext/laver_kernels, OUT/build/torch-universal/laver_kernels
+    python kernels/hub_layout.py OUT    # OUT/build.toml, OUT/torch-ext/..., OUT/build/torch-universal/...
 
 A hub kernel is loaded from any folder under any name, and several versions of it in one process. So imports become
 relative, and the operators' namespace gets the digest of the sources. `kernels.get_local_kernel(OUT, "laver_kernels")`

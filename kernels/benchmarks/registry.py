@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 
+import attention_baselines
 import baselines
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def attention_workload(
             for place, (name, count) in enumerate(counts.items())
         }
 
-    others, extra = baselines.attention(intervals, documents, rope)
+    others, extra = attention_baselines.attention(intervals, documents, rope)
     product = 2.0 * heads[0] * head_dim * pairs
     tensor = 2.0 * num_tokens * head_dim  # one head of q, k, v, out or a gradient of theirs
     return Workload(

@@ -1,5 +1,6 @@
 """Rows of results: a table to read, JSON to keep, a plot to look at; each row says where it was measured."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -7,9 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-
-# Measured bf16 matrix rate (TF/s) and copy bandwidth (GB/s): what a floor is computed from.
-PEAKS = {"H200": (790.0, 4300.0), "A100-SXM4-80GB": (312.0, 2000.0), "A100": (312.0, 1600.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +17,12 @@ class Machine:
     triton: str
     cuda: str
     commit: str
-    teraflops: float | None
+    teraflops: (
+        float | None
+    )  # bf16 matrix rate and copy bandwidth, measured in this run: what floors are made of
     gigabytes: float | None
     l2_bytes: int
+    power_limit_watts: float | None = None
 
     @classmethod
     def here(cls, commit: str | None = None) -> "Machine":
@@ -29,16 +30,16 @@ class Machine:
         import triton
 
         properties = torch.cuda.get_device_properties(0)
-        peaks = next((peak for name, peak in PEAKS.items() if name in properties.name), (None, None))
         return cls(
             gpu=properties.name,
             torch=torch.__version__,
             triton=triton.__version__,
             cuda=str(torch.version.cuda),
             commit=commit or _commit(),
-            teraflops=peaks[0],
-            gigabytes=peaks[1],
+            teraflops=None,
+            gigabytes=None,
             l2_bytes=properties.L2_cache_size,
+            power_limit_watts=gpu_state().get("power_limit_watts"),
         )
 
 
@@ -51,15 +52,49 @@ class Row:
     milliseconds: float
     rate: float
     unit: str
-    floor_ms: float | None  # by arithmetic or by bytes, whichever is longer; None on a GPU not in PEAKS
+    floor_ms: (
+        float | None
+    )  # by arithmetic or by bytes, whichever is longer; None where peaks were not measured
     peak_bytes: int  # over the inputs
     baselines: dict[str, float]  # name -> milliseconds
     baseline_peak_bytes: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)  # baseline -> why it has no time
+    state: dict[str, float] = field(
+        default_factory=dict
+    )  # of the GPU after the case: clocks, power, temperature
+    peaks: dict[str, float] = field(default_factory=dict)  # TF/s and GB/s that the floor was computed from
 
     @property
     def share_of_floor(self) -> float | None:
         return None if self.floor_ms is None else self.floor_ms / self.milliseconds
+
+
+STATE = {  # what nvidia-smi calls it -> what we do
+    "clocks.sm": "sm_megahertz",
+    "clocks.mem": "memory_megahertz",
+    "power.draw": "watts",
+    "power.limit": "power_limit_watts",
+    "temperature.gpu": "celsius",
+}
+
+
+def gpu_state() -> dict[str, float]:
+    """Clocks, power and temperature at this moment; empty where nvidia-smi does not answer."""
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return parsed_state(done.stdout) if done.returncode == 0 else {}
+
+
+def parsed_state(line: str) -> dict[str, float]:
+    """One line of nvidia-smi's answer; what it does not know is left out."""
+    found = {}
+    for name, value in zip(STATE.values(), line.strip().split(","), strict=False):
+        with contextlib.suppress(ValueError):
+            found[name] = float(value)
+    return found
 
 
 def _commit() -> str:
@@ -105,7 +140,7 @@ def read(machine: Machine, folder: Path) -> list[Row]:
         return []
     names = [each.name for each in dataclasses.fields(Row)]
     return [
-        Row(**{name: row[name] for name in names})
+        Row(**{name: row[name] for name in names if name in row})
         for row in json.loads(path.read_text(encoding="utf-8"))
         if all(row[key] == value for key, value in _where(machine).items())
     ]

@@ -152,8 +152,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # Graphs are kept for several backwards; a compiled one would otherwise give its buffers away in the first.
     torch._functorch.config.donated_buffer = False
-    machine = report.Machine.here(arguments.commit)
-    return int(time_all(arguments.chosen, machine, timing.CudaClock(), arguments) > 0)
+    clock = timing.CudaClock()
+    teraflops, gigabytes = timing.measure_peaks(clock)
+    print(f"measured here: {teraflops:.0f} TF/s bf16 by cuBLAS, {gigabytes:.0f} GB/s by copy", flush=True)
+    machine = dataclasses.replace(
+        report.Machine.here(arguments.commit), teraflops=teraflops, gigabytes=gigabytes
+    )
+    return int(time_all(arguments.chosen, machine, clock, arguments) > 0)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from baselines import GEMMS_ALONE, LeftOut
-from report import Machine, Row
+from baselines import GEMMS_ALONE, LeftOut, Prepared
+from report import Machine, Row, gpu_state
 from torch import Tensor
 from workload import Benchmark, Workload
 
@@ -82,13 +82,16 @@ def time_benchmark(benchmark: Benchmark, machine: Machine, repeats: int, clock: 
     workload = benchmark.build(clock.device)
     copies = rotated_copies(workload, machine.l2_bytes)
     contenders, left_out = _agreeing(workload, copies[0])
+    wrong_gradients = _wrong_gradients(workload, contenders, copies[0])
     rows = []
     for direction in workload.work:
-        missing = dict(left_out)
+        missing = left_out | (wrong_gradients if direction != "forward" else {})
         measured: dict[str, tuple[float, int]] = {}
         for name, function in ({"ours": workload.ours} | contenders).items():
+            if name in missing:
+                continue
             try:
-                measured[name] = measure_direction(function, copies, direction, repeats, clock)
+                measured[name] = measure_direction(*_prepared(function, copies), direction, repeats, clock)
             except Exception as error:
                 if name == "ours":
                     raise
@@ -137,7 +140,19 @@ def _row(
         | {name: ms for name, ms in extra.items() if ms is not None},
         baseline_peak_bytes={name: peak for name, (_, peak) in measured.items()},
         left_out=missing,
+        state=gpu_state(),
+        peaks={"teraflops": machine.teraflops, "gigabytes": machine.gigabytes} if is_known else {},
     )
+
+
+def measure_peaks(clock: Clock, size: int = 8192, copied: int = 2**30) -> tuple[float, float]:
+    """This GPU's bf16 matrix rate (TF/s) and copy bandwidth (GB/s, read and written), by cuBLAS and by copy."""
+    a, b = (torch.randn(size, size, device=clock.device).bfloat16() for _ in range(2))
+    gemm = statistics.median(clock.milliseconds(lambda _: a @ b, [None], 20))
+    source = torch.zeros(copied, dtype=torch.uint8, device=clock.device)
+    target = torch.empty_like(source)
+    copy = statistics.median(clock.milliseconds(lambda _: target.copy_(source), [None], 20))
+    return 2 * size**3 / (gemm * 1e9), 2 * copied / (copy * 1e6)
 
 
 def rotated_copies(workload: Workload, l2_bytes: int) -> list[dict[str, Tensor]]:
@@ -171,6 +186,40 @@ def _agreeing(
         else:
             left_out[name] = "disagrees with ours"
     return agreeing, left_out
+
+
+def _wrong_gradients(
+    workload: Workload, contenders: dict[str, Callable[..., Tensor]], inputs: dict[str, Tensor]
+) -> dict[str, str]:
+    """Why a baseline's backward is not timed: it has none, or gives other gradients than ours."""
+    if workload.work.keys() == {"forward"}:
+        return {}
+    want = with_gradients(workload.ours, inputs)
+    found = {}
+    for name, function in contenders.items():
+        try:
+            got = with_gradients(function, inputs)
+        except Exception as error:
+            found[name] = reason(error)
+            continue
+        far = [
+            key
+            for key, ours, theirs in zip(inputs, want, got, strict=True)
+            if not (theirs.float() - ours.float()).norm() <= 0.05 * ours.float().norm() + 1e-6
+        ]
+        if far and name != GEMMS_ALONE:
+            found[name] = f"another gradient of {', '.join(far)}"
+    return found
+
+
+def _prepared(function: Callable[..., Tensor], copies: list) -> tuple[Callable[..., Tensor], list]:
+    """A baseline and the inputs that it is timed with."""
+    if not isinstance(function, Prepared):
+        return function, copies
+    made = [function.prepare(**copy) for copy in copies]
+    needs_grad = any(x.requires_grad for x in copies[0].values())
+    leaves = [{name: x.detach().requires_grad_(needs_grad) for name, x in each.items()} for each in made]
+    return function.function, leaves
 
 
 def _output(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Tensor:

@@ -57,7 +57,7 @@ def bf16_interpreter(monkeypatch):
 
 
 BENCHMARKS = str(Path(KERNELS) / "benchmarks")
-NAMES = ("baselines", "workload", "registry", "report", "timing", "run", "tune")
+NAMES = ("baselines", "attention_baselines", "workload", "registry", "report", "timing", "run", "tune")
 
 
 @pytest.fixture

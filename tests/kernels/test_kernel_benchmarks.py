@@ -25,7 +25,7 @@ def test_registered_shapes(modules):
 
 def test_causal_and_later_image_keys_make_the_mixed_mask(modules):
     """flash-attn's two calls, with dense attention in its place, give the mixed mask's output."""
-    baselines = modules.baselines
+    baselines = modules.attention_baselines
     from laver_kernels.testing_masks import dense_mask, image, text
 
     documents = ((text(4), image(6), text(3), image(1)), (image(5), text(2)))
@@ -45,6 +45,18 @@ def test_causal_and_later_image_keys_make_the_mixed_mask(modules):
     later, later_lse = attend(q[query_at], k[key_at], v[key_at], later_mask)
     merged = baselines.merge(causal[query_at], causal_lse[:, query_at], later, later_lse)
     torch.testing.assert_close(causal.index_copy(0, query_at, merged), want)
+
+
+def test_ranges_of_segments_make_the_mixed_mask(modules):
+    """What Magi's kernel is given: full ranges, and causal ones from the lower right."""
+    from laver_kernels.testing_masks import dense_mask, image, text
+
+    documents = ((text(4), image(6), text(3), image(1)), (image(5), text(2)))
+    mask = torch.zeros(21, 21, dtype=torch.bool)
+    for (a, b), (c, d), kind in zip(*modules.attention_baselines.segment_ranges(documents), strict=True):
+        block = torch.ones(b - a, d - c, dtype=torch.bool)
+        mask[a:b, c:d] |= block.tril(d - c - (b - a)) if kind == 1 else block
+    assert torch.equal(mask, dense_mask(documents))
 
 
 def test_report_writes_what_it_was_given(modules, tmp_path):
@@ -112,7 +124,7 @@ SMALL = {
 }
 HAVE_TO_RUN = {  # on a CPU, uncompiled; FlexAttention takes no inputs with gradients there
     "mixed_attention": {"forward": {"sdpa dense mask", "flex mask"}, "backward": {"sdpa dense mask"}},
-    "gram_loss": {way: {"eager bf16", "compiled"} for way in ("forward", "backward")},
+    "gram_loss": {way: {"eager bf16", "compiled", "gemms alone"} for way in ("forward", "backward")},
     "latent_cross_entropy": {way: {"eager", "compiled"} for way in ("forward", "backward")},
     "ema_update_": {"forward": {"foreach", "eager", "compiled"}},
     "linear_cross_entropy": {"both": {"eager", "compiled", "gemms alone"}},
@@ -144,10 +156,10 @@ def test_attention_baselines_agree(modules, monkeypatch):
 
     monkeypatch.setattr(modules.baselines, "compiled", lambda function: function)
     documents = modules.registry.SMALL_MIXES["five images"]
-    found, _ = modules.baselines.attention(intervals_of(documents), documents, None)
+    found, _ = modules.attention_baselines.attention(intervals_of(documents), documents, None)
     torch.manual_seed(0)
     q, k, v = (torch.randn(60, heads, 16) for heads in (7, 1, 1))
-    torch.testing.assert_close(found["flex"]()(q, k, v), found["sdpa dense mask"]()(q, k, v))
+    torch.testing.assert_close(found["flex"]()(q, k, v), found["sdpa dense mask"]()(q=q, k=k, v=v))
 
 
 def test_baselines_that_fail_are_named_with_the_reason(modules):
@@ -169,6 +181,7 @@ def test_baselines_that_fail_are_named_with_the_reason(modules):
             "refused": refuse,
             "absent": modules.baselines.where_installed("no_such_module", lambda: None),
             "forward alone": lambda: lambda x: (2 * x).detach(),
+            "another gradient": lambda: lambda x: x + 2 * x - x.detach(),
         },
         unit="GB/s",
         work={"forward": workload.Work(bytes=4e6), "backward": workload.Work(bytes=8e6)},
@@ -177,7 +190,8 @@ def test_baselines_that_fail_are_named_with_the_reason(modules):
     forward, backward = modules.timing.time_benchmark(
         benchmark, _machine(modules.report), 3, PretendedClock()
     )
-    assert set(forward.baselines) == {"right", "forward alone"}
+    assert set(forward.baselines) == {"right", "forward alone", "another gradient"}
+    assert backward.left_out["another gradient"] == "another gradient of x"
     assert set(backward.baselines) == {"right"}
     assert forward.left_out == {
         "wrong": "disagrees with ours",
@@ -254,3 +268,12 @@ def test_the_recipes_shapes_are_registered(modules):
     for mix in ("one image", "five images", "causal", "reconstruction"):
         for tokens in (4096, 8192, 16384, 32768):
             assert {f"{mix}, T={tokens}, TP={parallel}" for parallel in (1, 2, 4)} <= cases
+
+
+def test_peaks_and_the_state_of_the_gpu(modules):
+    teraflops, gigabytes = modules.timing.measure_peaks(PretendedClock(), size=16, copied=1024)
+    assert teraflops == pytest.approx(2 * 16**3 / 1e9) and gigabytes == pytest.approx(2 * 1024 / 1e6)
+    state = modules.report.parsed_state("1410, 1593, 388.21, 400.00, [N/A]\n")
+    assert state == {
+        "sm_megahertz": 1410.0, "memory_megahertz": 1593.0, "watts": 388.21, "power_limit_watts": 400.0
+    }  # fmt: skip
