@@ -35,7 +35,7 @@ SYSTEM_SITE_PACKAGES ?=
 LINTED := .
 SHELL_SCRIPTS := .ci/run $(wildcard examples/*/*.sh examples/*/*.sbatch)
 
-.PHONY: help setup setup-data serve-test docs docs-serve demo test test-fast test-all mutants mutants-short lint format typecheck shellcheck aot bench bench-training gpu-test clean
+.PHONY: help setup setup-data serve-test docs docs-serve demo test test-fast test-all mutants mutants-short lint format typecheck shellcheck aot bench bench-training gpu-test gpu-first-hour clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -114,6 +114,9 @@ bench-training: setup ## measure training: LM-only, LaVer, and the released reci
 
 gpu-test: setup ## the tests that need a GPU
 	@$(BIN)/python -m pytest tests/gpu $(TEST_ARGS)
+
+gpu-first-hour: setup ## kernels on a new GPU: correct, tuned, timed, compared; goes on where it was stopped
+	@$(BIN)/python kernels/benchmarks/first_hour.py $(BENCH_ARGS)
 
 clean: ## remove the environment, caches and build products; data/ and runs/ stay
 	@rm -rf $(VENV) $(SERVE) build dist kernels/build kernels/dist .pytest_cache .mypy_cache .ruff_cache .triton

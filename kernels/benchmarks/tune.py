@@ -32,24 +32,77 @@ from laver_kernels.testing_masks import image, many_image_documents, text
 GUARD = ((text(70), image(200), text(9)), (image(129), text(40)))
 CONFIGS = Path(configs.__file__)
 
-# What compiles for sm_90 without a spill in a loop: large tiles, or two programs on a multiprocessor, so that one's
-# softmax runs beside the other's products. On another architecture take --all.
+# By architecture: what compiles without a spill worth the name in a loop. On sm_90 large tiles, or two programs on a
+# multiprocessor, so that one's softmax runs beside the other's products; on sm_80 four warps, whose operands take the
+# least shared memory, against eight.
 SHORT_LIST = {  # rows, columns, warps, stages
-    ("forward", 128): [(128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 4)],
-    ("dq", 128): [(64, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 32, 4, 3)],
-    ("dkdv", 128): [(64, 128, 8, 2), (32, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 3), (64, 64, 8, 2)],
-    ("forward", 64): [(128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3)],
-    ("dq", 64): [(64, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2), (128, 64, 4, 2)],
-    ("dkdv", 64): [(64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3), (32, 64, 4, 3)],
+    ("sm_80", "forward", 128): [
+        (128, 32, 4, 3),
+        (128, 32, 4, 2),
+        (128, 64, 8, 2),
+        (64, 64, 4, 2),
+        (128, 64, 4, 2),
+    ],
+    ("sm_80", "dq", 128): [(128, 32, 4, 2), (128, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3)],
+    ("sm_80", "dkdv", 128): [
+        (64, 64, 4, 2),
+        (32, 128, 8, 2),
+        (64, 128, 8, 2),
+        (32, 64, 4, 2),
+        (32, 128, 4, 2),
+    ],
+    ("sm_80", "forward", 64): [(128, 64, 4, 2), (128, 128, 8, 2), (64, 64, 4, 3), (128, 32, 4, 3)],
+    ("sm_80", "dq", 64): [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 4, 2)],
+    ("sm_80", "dkdv", 64): [(64, 64, 4, 2), (64, 128, 8, 2), (32, 128, 4, 2), (32, 64, 4, 3)],
+    ("sm_90", "forward", 128): [
+        (128, 128, 8, 2),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (128, 64, 8, 2),
+        (128, 64, 8, 4),
+    ],
+    ("sm_90", "dq", 128): [(64, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 32, 4, 3)],
+    ("sm_90", "dkdv", 128): [
+        (64, 128, 8, 2),
+        (32, 64, 4, 2),
+        (32, 64, 4, 3),
+        (32, 128, 8, 3),
+        (64, 64, 8, 2),
+    ],
+    ("sm_90", "forward", 64): [(128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3)],
+    ("sm_90", "dq", 64): [(64, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2), (128, 64, 4, 2)],
+    ("sm_90", "dkdv", 64): [(64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3), (32, 64, 4, 3)],
 }
 GRAM_SHORT_LIST = {  # rows, columns, depth, warps, stages; a Gram tile is square
-    "forward": [(128, 128, 64, 8, 4), (128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (64, 64, 64, 4, 4)],
-    "backward": [(128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (64, 256, 64, 4, 3)],
+    ("sm_80", "forward"): [
+        (128, 128, 32, 8, 4),
+        (128, 128, 32, 4, 3),
+        (64, 64, 64, 4, 3),
+        (128, 128, 64, 8, 2),
+    ],
+    ("sm_80", "backward"): [
+        (128, 128, 32, 8, 4),
+        (128, 128, 32, 4, 3),
+        (128, 256, 32, 8, 3),
+        (64, 256, 32, 4, 3),
+    ],
+    ("sm_90", "forward"): [
+        (128, 128, 64, 8, 4),
+        (128, 128, 64, 8, 2),
+        (128, 128, 32, 8, 4),
+        (64, 64, 64, 4, 4),
+    ],
+    ("sm_90", "backward"): [
+        (128, 128, 64, 8, 4),
+        (128, 256, 64, 8, 3),
+        (128, 256, 64, 8, 4),
+        (64, 256, 64, 4, 3),
+    ],
 }
 
 
-def attention_candidates(kernel: str, head_dim: int, is_all: bool) -> Iterator[Tile]:
-    chosen: Iterable[tuple[int, ...]] = SHORT_LIST[kernel, head_dim]
+def attention_candidates(arch: str, kernel: str, head_dim: int, is_all: bool) -> Iterator[Tile]:
+    chosen: Iterable[tuple[int, ...]] = SHORT_LIST[arch, kernel, head_dim]
     if is_all:
         chosen = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
     for rows, columns, warps, stages in chosen:
@@ -57,8 +110,8 @@ def attention_candidates(kernel: str, head_dim: int, is_all: bool) -> Iterator[T
             yield Tile(rows=rows, columns=columns, num_warps=warps, num_stages=stages)
 
 
-def gram_candidates(kernel: str, is_all: bool) -> Iterator[Tile]:
-    chosen: Iterable[tuple[int, ...]] = GRAM_SHORT_LIST[kernel]
+def gram_candidates(arch: str, kernel: str, is_all: bool) -> Iterator[Tile]:
+    chosen: Iterable[tuple[int, ...]] = GRAM_SHORT_LIST[arch, kernel]
     if is_all:
         columns = (64, 128) if kernel == "forward" else (64, 128, 256)
         chosen = itertools.product((64, 128), columns, (32, 64, 128), (4, 8), (2, 3, 4))
@@ -166,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
             key = (arch, kernel, head_dim)
             if arguments.only in f"attention {key}":
                 direction = "forward" if kernel == "forward" else "backward"
-                candidates = attention_candidates(kernel, head_dim, arguments.all)
+                candidates = attention_candidates(arch, kernel, head_dim, arguments.all)
                 search(configs.ATTENTION, key, candidates, problem, workload, direction)
         if arguments.only in f"attention splits {head_dim}":
             time_splits(workload, heads[0] // heads[1], arguments.repeats)
@@ -175,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     for kernel in ("forward", "backward"):
         if arguments.only in f"gram {kernel}":
             # Both kernels are held to one tile's rows by the row dots between them: only the sum compares.
-            candidates = gram_candidates(kernel, arguments.all)
+            candidates = gram_candidates(arch, kernel, arguments.all)
             search(configs.GRAM, (arch, kernel), candidates, problem, workload, "both")
     return 0
 
