@@ -4,6 +4,7 @@ jit.py                Megatron-Core imported without torch's compiler
 cpu.py                "cuda" means "cpu" (or "meta") on a machine without CUDA
 parallel.py           process groups -> Topology
 optimizer.py          Megatron's optimizer, and where it keeps fp32 masters
+versions.py           what differs between the versions of Megatron-Core that are supported
 weight_shards.py      which elements of a parameter a data-parallel rank keeps
 lazy.py               rows of a parameter that rest in steps without a gradient of theirs
 segments.py           a stage's layers with looks in between

@@ -18,6 +18,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
 from laver_mcore.config.schema import Config
 from laver_mcore.megatron.lazy import keep_still
+from laver_mcore.megatron.versions import grads_for_norm, shifts_moments
 from laver_mcore.megatron.weight_shards import Bucket
 
 
@@ -134,7 +135,7 @@ def _gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
     """Euclidean norm of all gradients of the model, each counted once, fp32 scalar on the device."""
     total = torch.zeros((), device=torch.cuda.current_device())
     for part in _parts(optimizer):
-        grads = part.get_main_grads_for_grad_norm()
+        grads = grads_for_norm(part)
         squares = torch.zeros_like(total)
         if grads:
             squares += torch.stack(torch._foreach_norm(grads)).square().sum()
@@ -177,13 +178,15 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
 
 @contextlib.contextmanager
 def coalesced_offsets(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Make Megatron-Core 0.16.1 save the moments of the right parameters.
+    """Make Megatron-Core save the moments of the right parameters where it does not by itself (`shifts_moments`).
 
-    It gathers the buckets of a buffer into one tensor without the padding between them, and then cuts parameters out
-    of it at offsets that count the padding: with more than one bucket (tied embeddings under pipeline parallelism,
-    overlapped reduction) moments are shifted. Inside this context the offsets leave the padding out as well.
+    0.16.1 and 0.19.2 gather the buckets of a buffer into one tensor without the padding between them, and then cut
+    parameters out of it at offsets that count the padding: with more than one bucket (tied embeddings under pipeline
+    parallelism, overlapped reduction) moments are shifted. Inside this context the offsets leave the padding out
+    as well.
     """
-    buffers = [buffer for part in _distributed(optimizer) for buffer in part.buffers]
+    shifted = _distributed(optimizer) if shifts_moments() else []
+    buffers = [buffer for part in shifted for buffer in part.buffers]
     originals = [buffer.param_index_map for buffer in buffers]
     try:
         for buffer in buffers:
