@@ -30,12 +30,13 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 MUTANTS_ARGS ?=
 BENCH_ARGS ?=
+CHAOS_ARGS ?=
 SYSTEM_SITE_PACKAGES ?=
 
 LINTED := .
 SHELL_SCRIPTS := .ci/run $(wildcard examples/*/*.sh examples/*/*.sbatch)
 
-.PHONY: help setup setup-data serve-test docs docs-serve demo test test-fast test-all mutants mutants-short lint format typecheck shellcheck aot bench bench-training gpu-test clean
+.PHONY: help setup setup-data serve-test docs docs-serve demo test test-fast test-all mutants mutants-short chaos lint format typecheck shellcheck aot bench bench-training gpu-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +68,9 @@ mutants: setup-data ## plant faults in the code, one at a time: the tests must n
 
 mutants-short: setup-data ## the same with about twenty of them
 	@$(BIN)/python tests/mutants/run.py --short $(MUTANTS_ARGS)
+
+chaos: setup ## kill ranks of small runs 51 times, saves in flight included; writes runs/chaos/summary.json
+	@$(BIN)/python tests/chaos/run.py $(CHAOS_ARGS)
 
 lint: setup ## style and likely mistakes, formatting included
 	@$(BIN)/ruff check --quiet $(LINTED)
