@@ -30,6 +30,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 MUTANTS_ARGS ?=
 BENCH_ARGS ?=
+CHAOS_ARGS ?=
 SYSTEM_SITE_PACKAGES ?=
 
 LINTED := .
@@ -68,6 +69,9 @@ mutants: setup-data ## plant faults in the code, one at a time: the tests must n
 
 mutants-short: setup-data ## the same with about twenty of them
 	@$(BIN)/python tests/mutants/run.py --short $(MUTANTS_ARGS)
+
+chaos: setup ## kill ranks of small runs 51 times, saves in flight included; writes runs/chaos/summary.json
+	@$(BIN)/python tests/chaos/run.py $(CHAOS_ARGS)
 
 lint: setup ## style and likely mistakes, formatting included
 	@$(BIN)/ruff check --quiet $(LINTED)

@@ -32,6 +32,7 @@ from laver_mcore.train.exit_signal import ExitSignal
 from laver_mcore.train.loop import Validation, train
 from laver_mcore.train.metrics import Metrics
 from laver_mcore.train.run_lock import RunLock
+from laver_mcore.train.watchdog import Watchdog, own_store
 
 _MAY_CHANGE = {
     "run": None,
@@ -189,6 +190,12 @@ def train_run(config: Config, device: torch.device) -> Engine:
     return engine
 
 
+def _watched(seconds: float, rank: int, world_size: int) -> contextlib.AbstractContextManager[object]:
+    if not seconds or world_size == 1:
+        return contextlib.nullcontext()
+    return Watchdog(own_store(), rank, world_size, seconds)
+
+
 @contextlib.contextmanager
 def _locked(config: Config, rank: int) -> Iterator[None]:
     """Own the folder that the run writes, on rank 0; all ranks raise what it finds."""
@@ -214,7 +221,8 @@ def _train(engine: Engine, data: DialogueData, progress: Progress, validation: V
     try:
         with ExitSignal() if config.run.exit_signal_handler else contextlib.nullcontext() as exit_signal:
             told = exit_signal.received if exit_signal is not None else lambda: False
-            stopped = train(engine, data, progress, metrics, told, validation)
+            with _watched(config.run.silent_rank_timeout, topology.rank, topology.world_size):
+                stopped = train(engine, data, progress, metrics, told, validation)
         if exit_signal is not None and exit_signal.seen:
             where = (
                 f"saved in {config.run.save}" if config.run.save else "nothing saved, for there is no --save"

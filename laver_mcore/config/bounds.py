@@ -23,7 +23,7 @@ run.profile_step_start run.profile_step_end
 _AT_LEAST_0 = """
 model.lora_rank model.init_method_std data.num_workers data.max_bad_fraction data.data_weights
 optimizer.lr optimizer.min_lr optimizer.lr_warmup_iters optimizer.weight_decay optimizer.adam_beta1 optimizer.adam_beta2
-optimizer.clip_grad train.seed validation.eval_answers run.skip_to run.profile_ranks
+optimizer.clip_grad train.seed validation.eval_answers run.skip_to run.silent_rank_timeout run.profile_ranks
 """
 _ABOVE_0 = """
 model.rotary_base model.norm_epsilon data.worker_timeout optimizer.adam_eps run.peak_tflops

@@ -35,6 +35,9 @@ class RunConfig:
     """Stop (after saving) at the first iteration divisible by this; the schedules still span train_iters."""
     exit_signal_handler: bool = True
     """On SIGTERM, SIGUSR1, SIGHUP and Ctrl-C finish the step, save and exit with status 0, on all ranks."""
+    silent_rank_timeout: float = 0.0
+    """Seconds without a sign of life of a rank (stopped, frozen) after which the others name it, dump their stacks and
+    leave with status 75, with which torchrun ends the job; 45 is a fair choice, 0 is never."""
     log_interval: int = 1
     """Iterations between metrics lines."""
     tensorboard: bool = True

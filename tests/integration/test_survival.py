@@ -103,6 +103,21 @@ def test_a_killed_rank_leaves_no_process(data_directory, tmp_path, monkeypatch):
     assert gone(run), family(run)
 
 
+def test_a_silent_rank_is_named_and_the_job_ends(data_directory, tmp_path, monkeypatch):
+    """One is stopped, not dead: the other says so, shows its stacks and leaves, and torchrun ends both."""
+    run = tmp_path / "run"
+    monkeypatch.setenv("LAVER_TEST_RUN", str(run))
+    process = start(data_directory, run, *TORCHRUN, flags="--silent-rank-timeout 5")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    stopped = [int(c) for c in children if b"pretrain_laver" in Path(f"/proc/{c}/cmdline").read_bytes()][-1]
+    os.kill(stopped, signal.SIGSTOP)
+    assert process.wait(timeout=90) == 1  # torchrun gives a stopped one half a minute
+    said = run.with_suffix(".log").read_text()
+    assert "error: nothing was heard of rank 1 for 5 s" in said, said[-3000:]
+    assert "(most recent call first)" in said and "exitcode: 75" in said
+    assert gone(run), family(run)
+
+
 def test_a_second_run_in_the_same_folder_is_refused(data_directory, tmp_path):
     run = tmp_path / "run"
     process = start(data_directory, run)
