@@ -36,6 +36,8 @@ class Arguments:
     """At most so many dialogues."""
     teacher_of: tuple[str, ...] = ()
     """Folders of runs whose EMA teacher is shown, too."""
+    encoder: str | None = None
+    """Directory of a vision encoder (transformers) that each layer's visual tokens are compared with (CKNNA)."""
     trust_remote_code: bool = False
     """Run the Python code that a given directory brings; what is exported here is our own."""
 
@@ -94,14 +96,23 @@ def load(path: Path, trust: bool) -> tuple[Any, Any]:
 def diagnose(arguments: Arguments, scratch: Path) -> None:
     """Read all models and write everything."""
     from laver_mcore.diagnose import pictures, reading
+    from laver_mcore.diagnose.encoder import Encoder, alignments
     from laver_mcore.diagnose.page import page
 
+    if arguments.encoder and not (Path(arguments.encoder) / "config.json").is_file():
+        raise ConfigError(
+            f"--encoder {arguments.encoder} has no config.json; give a directory of transformers"
+        )
     asked = questions(arguments)
+    encoder = Encoder(arguments.encoder) if arguments.encoder else None
     layers, accuracy, readings = {}, {}, {}
     for name, (path, trust) in directories(arguments, scratch).items():
         model, processor = load(path, trust)
         readings[name] = [reading.read(model, processor, question) for question in asked]
         layers[name] = reading.table(readings[name])
+        if encoder:
+            for row, value in zip(layers[name], alignments(encoder, asked, readings[name]), strict=True):
+                row["cknna"] = value
         accuracy[name] = reading.accuracies(model, processor, asked, [r.grid for r in readings[name]])
     firsts = {name: found[0] for name, found in readings.items()}
     drawn = {

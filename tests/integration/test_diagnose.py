@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from sample_run import write_recipe, write_sample_data
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from integration.harness import Scenario, python, run_scenarios
 from laver_mcore.convert.export import export_run
+from laver_mcore.diagnose.encoder import Encoder
 from laver_mcore.diagnose.page import page
 from laver_mcore.diagnose.reading import Question, read, shuffled, table
 from tools.diagnose import load
@@ -28,6 +30,10 @@ LAYERS = [
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("diagnose")
     write_sample_data(directory, num_samples=16)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(directory / "dinov2")
+    square = dict(height=32, width=32)
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(directory / "dinov2")
     argv = f"--config {write_recipe(directory)} --train-iters 4 --lr 1e-2"
     run_scenarios(1, directory, [Scenario(name="run", argv=tuple(argv.split()))])
     pixels = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
@@ -87,8 +93,20 @@ def test_shuffling_moves_whole_tokens():
     assert moved[:, 0, :, 0].ravel().tolist() != list(range(12))
 
 
+def test_encoder_states_stand_at_their_places(directory):
+    """The same grid: the patches' states as they are; one place: their mean."""
+    encoder = Encoder(str(directory / "dinov2"))
+    with Image.open(directory / "0.png") as image:
+        pixels = encoder.processor(images=image, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            states = encoder.model(pixels).last_hidden_state[0, 1:]
+        torch.testing.assert_close(encoder(image, (4, 4)), states)
+        torch.testing.assert_close(encoder(image, (1, 1))[0], states.mean(0))
+
+
 def test_command_line(directory):
     argv = f"--model {directory}/run --teacher-of {directory}/run --data {directory}/asked.json"
+    argv += f" --encoder {directory}/dinov2"
     done = python("tools/diagnose.py", *argv.split(), "--output", str(directory / "out"))
     assert done.returncode == 0, done.stderr
     found = json.loads((directory / "out" / "diagnosis.json").read_text())
@@ -96,6 +114,7 @@ def test_command_line(directory):
     assert set(found["accuracy"]["run"]) == {"as it is", "shuffled", "swapped", "removed"}
     with (directory / "out" / "layers.csv").open() as file:
         rows = list(csv.DictReader(file))
+    assert all(-1 <= float(row["cknna"]) <= 1 for row in rows)
     assert len(rows) == sum(map(len, found["layers"].values()))
     text = (directory / "out" / "index.html").read_text()
     assert text.count("data:image/png;base64,") == 3
