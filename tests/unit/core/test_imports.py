@@ -76,6 +76,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "validation": ("config", "data", "device", "generate", "model", "objectives.next_token", "train"),
     "plan": ("accounting", "config"),
     "demo": (),
+    "diagnose": ("convert.export", "convert.reference"),
     "cli": ("accounting", "config", "data", "laver_kernels", "megatron", "model", "train", "validation"),
 }
 MEGATRON_FREE = ("accounting", "plan", "config", "shapes", "data", "objectives", "demo", "device")
