@@ -60,6 +60,9 @@ test: setup ## the tests; what did not run, and why, stands at the end
 test-fast: setup ## those that answer within two minutes: no process groups, nothing slow
 	@$(PYTEST) -q --ignore tests/integration --ignore tests/gpu -m 'not slow' $(TEST_ARGS)
 
+test-long: setup ## the tests that take minutes each: kills at random moments, the first hour rehearsed
+	@LAVER_LONG=1 $(BIN)/python -m pytest -k 'five_kills or rehearsal or silent_rank' $(TEST_ARGS)
+
 test-all: setup-data $(STAMPS)/test-all ## the tests, with every library that some of them need
 	@$(PYTEST) $(TEST_ARGS)
 

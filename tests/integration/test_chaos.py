@@ -3,10 +3,12 @@
 import json
 
 from chaos.run import differences
+from long import LONG
 
 from integration.harness import python
 
 
+@LONG
 def test_five_kills_lose_nothing(tmp_path):
     done = python(
         "tests/chaos/run.py", "--kills", "5", "--layouts", "dp2", "--out", str(tmp_path), timeout=400

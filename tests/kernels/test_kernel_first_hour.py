@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from long import LONG
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 
@@ -18,6 +19,7 @@ def first_hour(monkeypatch):
 
 
 @pytest.mark.slow
+@LONG
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal without a GPU")
 def test_a_rehearsal_goes_through_every_step(first_hour, tmp_path, capsys):
     pytest.importorskip("triton")
