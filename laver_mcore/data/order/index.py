@@ -129,25 +129,42 @@ def get_index(
 
     Of several processes that ask at once, one measures and the others wait for it.
     """
-    settings = (_VERSION, source.fingerprint(), tokenizer.fingerprint(), system_prompt)
+    settings = (_VERSION, source.fingerprint(), source.images_from, tokenizer.fingerprint(), system_prompt)
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=12).hexdigest()
     target = None if folder is None else folder / f"{source.name}-{digest}"
-    if target is not None and target.is_dir():
-        return load_index(source, target)
+    found = None if target is None else _kept(source, target, tokenizer, system_prompt)
+    if found is not None:
+        return found
     locators = list(
         tqdm(source.scan(), desc=f"reading {source.name}", unit=" records", delay=2.0, disable=None)
     )
     if target is None or len(locators) < _CACHED_FROM:
         return _build(source, locators, tokenizer, system_prompt, num_workers)
     with _locked(target) as writable:
-        if target.is_dir():  # another process has made it meanwhile
-            return load_index(source, target)
+        found = _kept(source, target, tokenizer, system_prompt)
+        if found is not None:  # another process has made it meanwhile
+            return found
         index = _build(source, locators, tokenizer, system_prompt, num_workers)
         # Much that is bad at once is a folder in the wrong place, not the samples: it is looked at again.
         if not writable or len(index.bad) > _KEPT_BAD * len(locators):
             return index
+        shutil.rmtree(target, ignore_errors=True)
         _store(index, target)
     return load_index(source, target)
+
+
+def _kept(source: Source, target: Path, tokenizer: Tokenizer, system_prompt: str) -> SourceIndex | None:
+    """The index that is kept; None where there is none, or where an image that it missed is there now."""
+    if not target.is_dir():
+        return None
+    index = load_index(source, target)
+    if not source.images_from:
+        return index
+    lost = [json.loads(where.removeprefix(source.name)) for where, _, kind in index.bad if kind == "image"]
+    if not lost or all(each.error is not None for each in measure(source, lost, tokenizer, system_prompt)):
+        return index
+    logger.info("%s: images that were missing are there now; it is measured again", source.name)
+    return None
 
 
 @contextmanager

@@ -36,6 +36,8 @@ class Source(Protocol):
     """Records in a fixed order. Sources are small and can be sent to a worker process."""
 
     name: str
+    images_from: str
+    """What samples depend on besides their records: where images are looked up. Empty: records bring their images."""
 
     def scan(self) -> Iterator[tuple[int, ...]]:
         """Yield the locator of every record, in order; DataError for a file that cannot be read."""
@@ -52,6 +54,7 @@ class JsonSource:
 
     def __init__(self, path: Path, images: ImageFolder) -> None:
         self.path, self.images, self.name = path, images, path.name
+        self.images_from = f"{images.path.resolve()} {images.allow_outside}"
 
     def scan(self) -> Iterator[tuple[int, ...]]:
         for number, (_, _, offset, size) in enumerate(json_records(self.path)):
@@ -77,6 +80,8 @@ class JsonSource:
 
 class ParquetSource:
     """Tables (parquet, Arrow) of LLaVA-OneVision or FineVision; locators are (file, row group, row in group)."""
+
+    images_from = ""
 
     def __init__(self, path: Path, ratings: RatingFilter | None = None) -> None:
         self.path, self.name, self.ratings = path, path.name, ratings
@@ -142,6 +147,8 @@ def _with_images(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
 
 class ShardSource:
     """Tar shards written by tools/prepare_data.py; locators are (shard, record's offset, record's bytes)."""
+
+    images_from = ""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name

@@ -58,6 +58,8 @@ class _Member(NamedTuple):
 class WebDatasetSource:
     """A tar of samples, or a folder of them; locators are (tar, first byte, byte behind the last)."""
 
+    images_from = ""
+
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
         self.shards = tar_files(path) if path.is_dir() else [path]
