@@ -16,6 +16,7 @@ from laver_mcore.accounting.tables import in_units, memory_table
 from laver_mcore.accounting.typical import typical_mix, typical_work
 from laver_mcore.cli.run import check_save_folder
 from laver_mcore.config.checks import check_world
+from laver_mcore.config.presets import model_name
 from laver_mcore.config.schema import Config
 from laver_mcore.megatron import cpu, parallel
 from laver_mcore.megatron.parallel import Topology
@@ -81,7 +82,7 @@ def dry_run(config: Config) -> int:
     parallel.shut_down()
     table = merge_parts([contribution for _, contribution in rows], training_of(config))
     print(
-        f"{config.model.model}: {len(data.samples):,} dialogues, {data.rows_per_epoch(0):,} packed rows an epoch"
+        f"{model_name(config.model)}: {len(data.samples):,} dialogues, {data.rows_per_epoch(0):,} packed rows an epoch"
     )
     print(
         f"TP {sizes.tensor_model_parallel_size} x PP {len(rows)} x CP {sizes.context_parallel_size} x DP {dp_size}; "

@@ -18,6 +18,7 @@ from laver_mcore.config.checks import check_world
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import to_yaml
 from laver_mcore.config.objectives import section_of
+from laver_mcore.config.presets import model_name
 from laver_mcore.config.renamed import with_todays_keys
 from laver_mcore.config.schema import Config
 from laver_mcore.data.serve.loader import DialogueData
@@ -236,7 +237,7 @@ def _train(engine: Engine, data: DialogueData, progress: Progress, validation: V
 def _announce(engine: Engine, kernels: str, num_samples: int, report: BuildReport) -> None:
     topology, config = engine.topology, engine.config
     lines = [
-        f"{config.model.model}: {num_samples:,} dialogues, {config.train.train_iters:,} iterations of "
+        f"{model_name(config.model)}: {num_samples:,} dialogues, {config.train.train_iters:,} iterations of "
         f"{config.train.global_batch_size} rows x {config.data.seq_length} tokens",
         f"TP {topology.tp_size} x PP {topology.pp_size} x CP {topology.cp_size} x DP {topology.dp_size} on "
         f"{topology.device.type}, kernels: {kernels}, objective {config.objective.name}",

@@ -133,15 +133,17 @@ def _from_sections(recipe: dict[str, Any], objective: str | None = None) -> Conf
 
 
 def resolve(config: Config) -> Config:
-    """Fill in the preset's shape and run every cross-field check."""
+    """Fill in the shape, that of the weights a run starts from or the preset's, and run every cross-field check."""
     check_bounds(config)
-    shape = None
+    shape, source = None, config.run.hf_path or config.run.pretrained_checkpoint
     if config.run.hf_path is not None:
         shape = read_shape(config.run.hf_path)
-        for name, theirs in shape.items():
-            ours = getattr(config.model, name)
-            if ours is not None and ours != theirs:
-                raise ConfigError(f"{name}={ours}, but {config.run.hf_path} has {theirs}; leave {name} out")
+    elif config.run.pretrained_checkpoint is not None:
+        shape = _shape_of_run(Path(config.run.pretrained_checkpoint))
+    for name, theirs in (shape or {}).items():
+        ours = getattr(config.model, name)
+        if ours is not None and ours != theirs:
+            raise ConfigError(f"{name}={ours}, but {source} has {theirs}; leave {name} out")
     try:
         config = replace(config, model=fill_from_preset(config.model, shape))
     except ValueError as error:
@@ -152,6 +154,22 @@ def resolve(config: Config) -> Config:
     config = replace(config, train=replace(config.train, trainable=resolve_trainable(config)))
     check(config)
     return config
+
+
+_SHAPE = (
+    "family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "vocab_size", "untie_embeddings_and_output_weights", "rotary_base", "rope_scaling", "norm_epsilon",
+)  # fmt: skip
+"""What a run takes over from the run whose weights it starts from: what those weights were trained in."""
+
+
+def _shape_of_run(folder: Path) -> dict[str, Any] | None:
+    """The decoder's shape by a run's config.yaml; None where there is none, which is refused where weights are read."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return None
+    model = from_recipe(file).model
+    return {name: getattr(model, name) for name in _SHAPE if getattr(model, name) is not None}
 
 
 def to_yaml(config: Config) -> str:

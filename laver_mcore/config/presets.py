@@ -27,6 +27,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def model_name(config: ModelConfig) -> str:
+    """What to call a decoder that is trained: its preset, if it has that shape, or what it is."""
+    preset = PRESETS.get(config.model, {})
+    if preset and all(
+        getattr(config, name) == value for name, value in preset.items() if name != "vocab_size"
+    ):
+        return config.model
+    return f"{config.family} of {config.num_layers} layers, {config.hidden_size} wide"
+
+
 def fill_from_preset(config: ModelConfig, shape: dict[str, Any] | None = None) -> ModelConfig:
     """Give every shape field that is still None its preset's value; `ValueError` for an unknown preset.
 

@@ -11,6 +11,7 @@ from laver_mcore.accounting.tables import memory_table
 from laver_mcore.accounting.typical import typical_mix
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse
+from laver_mcore.config.presets import model_name
 from laver_mcore.config.schema import Config
 from laver_mcore.plan import report
 from laver_mcore.plan.predict import Setting
@@ -66,7 +67,7 @@ def lines(config: Config, setting: Setting, plan: Plan, gpu: str, top: int) -> l
     """What the planner prints."""
     train = config.train
     found = [
-        f"{config.model.model} with {config.vision.vision}, objective {config.objective.name}: "
+        f"{model_name(config.model)} with {config.vision.vision}, objective {config.objective.name}: "
         f"{train.global_batch_size} rows x {config.data.seq_length} tokens on {setting.num_gpus} x {gpu}",
         *report.assumptions(setting),
         "",

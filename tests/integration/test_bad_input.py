@@ -124,7 +124,7 @@ RUNS: dict[str, tuple[str, str]] = {
     "weights_missing": ("--pretrained-checkpoint {d}/nowhere", "nowhere holds no checkpoint"),
     "weights_of_another_model": (
         "--pretrained-checkpoint {d}/trained --hidden-size 32",
-        "another model: it has hidden_size=64",
+        "hidden_size=32, but {d}/trained has 64; leave hidden_size out",
     ),
     "save_of_another_recipe": (
         "--save {d}/trained --lr 1",
