@@ -35,7 +35,10 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
     )
     parser.add_argument("--samples-per-shard", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0, help="of the one global shuffle")
+    parser.add_argument(
+        "--num-samples", type=int, help="draw so many records at random, before any is rejected"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that draw and of the one global shuffle")
     parser.add_argument(
         "--max-pixels", type=int, default=ImageLimits.max_pixels, help="scale larger images down"
     )
@@ -58,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not args.check and (args.input is None or args.format is None):
         parser.error("give --input and --format, or --check")
+    if args.num_samples is not None and args.num_samples < 1:
+        parser.error(f"--num-samples {args.num_samples} is not at least 1")
     try:
         if args.input is not None:
             ratings = {name: getattr(args, f"min_{name}") for name in RATINGS}
@@ -65,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
                 format=args.format,
                 seed=args.seed,
                 samples_per_shard=args.samples_per_shard,
+                num_samples=args.num_samples,
                 limits=ImageLimits(max_pixels=args.max_pixels, max_aspect=args.max_aspect),
                 ratings=RatingFilter(**ratings),
             )

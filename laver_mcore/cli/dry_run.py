@@ -14,6 +14,7 @@ from laver_mcore.accounting.flops import step_flops
 from laver_mcore.accounting.memory import rank_memory
 from laver_mcore.accounting.tables import in_units, memory_table
 from laver_mcore.accounting.typical import typical_mix, typical_work
+from laver_mcore.cli.assets import how_to_get, missing
 from laver_mcore.cli.run import check_save_folder
 from laver_mcore.config.checks import check_world
 from laver_mcore.config.presets import model_name
@@ -21,6 +22,7 @@ from laver_mcore.config.schema import Config
 from laver_mcore.megatron import cpu, parallel
 from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.parameters import Part, format_trainable, freeze_local, merge_parts, training_of
+from laver_mcore.shapes.weights import list_weights
 from laver_mcore.train.build import build_chunks, build_data, build_tokenizer, resolve_vocab_size
 
 
@@ -61,6 +63,25 @@ def _pretend(config: Config, world_size: int, rank: int) -> Topology:
     return parallel.build_topology(config.parallel, torch.device("meta"))
 
 
+def _on_paper(config: Config, dp_size: int, absent: dict[str, list[str]]) -> int:
+    """What can be said before the downloads: shapes as published, memory, FLOPs; and what has to be fetched."""
+    vocab_size = config.model.vocab_size
+    assert vocab_size is not None
+    weights, sizes = list_weights(config, vocab_size), config.parallel
+    total, trained = sum(w.size for w in weights), sum(w.size for w in weights if w.trains)
+    print(f"{model_name(config.model)}: {total:,} parameters, {trained:,} of them trained")
+    print(
+        f"TP {sizes.tensor_model_parallel_size} x PP {sizes.pipeline_model_parallel_size} x "
+        f"CP {sizes.context_parallel_size} x DP {dp_size}; this dry run trains nothing, and shapes are as published"
+    )
+    print("\n".join(_step_lines(config, vocab_size, dp_size)))
+    print("\nnot here yet:")
+    for path, flags in absent.items():
+        names = ", ".join(f"--{flag.replace('_', '-')}" for flag in flags)
+        print(f"  {path} ({names}): {how_to_get(path)}")
+    return 0
+
+
 def dry_run(config: Config) -> int:
     """Validate recipe, data and checkpoint folder; print the model's size and each pipeline rank's memory."""
     sizes = config.parallel
@@ -70,6 +91,9 @@ def dry_run(config: Config) -> int:
     world_size = max(int(os.environ.get("WORLD_SIZE", "1")), model_size)
     dp_size = check_world(config, world_size)
     check_save_folder(config)
+    absent = missing(config)
+    if absent and config.model.vocab_size is not None:
+        return _on_paper(config, dp_size, absent)
     tokenizer = build_tokenizer(config)
     data = build_data(config, tokenizer)
     vocab_size = resolve_vocab_size(config, tokenizer)

@@ -132,11 +132,14 @@ def _from_sections(recipe: dict[str, Any], objective: str | None = None) -> Conf
     return Config(objective=_build_section(name, section_of(name), recipe.get(name, {})), **sections)
 
 
-def resolve(config: Config) -> Config:
-    """Fill in the shape, that of the weights a run starts from or the preset's, and run every cross-field check."""
+def resolve(config: Config, *, on_paper: bool = False) -> Config:
+    """Fill in the shape, that of the weights a run starts from or the preset's, and run every cross-field check.
+
+    `on_paper`: weights that are not here yet are taken to be the preset's.
+    """
     check_bounds(config)
     shape, source = None, config.run.hf_path or config.run.pretrained_checkpoint
-    if config.run.hf_path is not None:
+    if config.run.hf_path is not None and not (on_paper and not Path(config.run.hf_path).exists()):
         shape = read_shape(config.run.hf_path)
     elif config.run.pretrained_checkpoint is not None:
         shape = _shape_of_run(Path(config.run.pretrained_checkpoint))
@@ -216,7 +219,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
         raise ConfigError(f"unexpected argument {unknown[0]!r}; values follow a --flag")
     parts = {section: getattr(flat, section) for section in _SECTIONS}
     settings = getattr(flat, default.objective.name, default.objective)
-    return resolve(Config(objective=settings, **parts)), chosen
+    on_paper = chosen.dry_run or chosen.print_config
+    return resolve(Config(objective=settings, **parts), on_paper=on_paper), chosen
 
 
 def _command_line(default: Config) -> Any:
@@ -245,7 +249,15 @@ def _first_paragraph(box: str) -> str:
 def _check_flags(args: list[str], default: Config) -> list[str]:
     """Refuse an unknown flag in one line that names its nearest neighbour, or the objective that it belongs to."""
     flat = {f.name for kind in (*_SECTIONS.values(), type(default.objective)) for f in fields(kind)}
-    known = {*flat, *(f"no_{name}" for name in flat), "help", "objective"}
+    known = {
+        *flat,
+        *(f"no_{name}" for name in flat),
+        "help",
+        "objective",
+        "config",
+        "dry_run",
+        "print_config",
+    }
     for arg in args:
         if arg.startswith("--"):
             name = arg[2:].split("=", 1)[0].replace("-", "_")

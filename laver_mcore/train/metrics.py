@@ -4,6 +4,8 @@ import json
 import math
 import sys
 import time
+import uuid
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,20 @@ def _truncate(path: Path, iteration: int) -> None:
     path.write_text("".join(kept), encoding="utf-8")
 
 
+def _wandb_settings(config: Config, start_iteration: int) -> dict[str, Any]:
+    """What Weights & Biases is told: everything lies under --save, and a resumed run goes on as the same one."""
+    settings: dict[str, Any] = dict(project=config.run.wandb_project, name=config.run.wandb_exp_name)
+    settings["config"] = asdict(config) | {
+        "objective": {"name": config.objective.name, **asdict(config.objective)}
+    }
+    if config.run.save is None:
+        return settings
+    file = Path(config.run.save) / "wandb_id.txt"
+    if start_iteration == 0 or not file.is_file():
+        file.write_text(uuid.uuid4().hex[:8], encoding="ascii")
+    return settings | dict(dir=config.run.save, id=file.read_text("ascii"), resume="allow")
+
+
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -96,7 +112,7 @@ class Metrics:
         if config.run.wandb_project:
             import wandb
 
-            self._wandb = wandb.init(project=config.run.wandb_project, name=config.run.wandb_exp_name)
+            self._wandb = wandb.init(**_wandb_settings(config, start_iteration))
 
     def write(self, row: dict[str, Any], seconds: float) -> None:
         """Record one iteration; `seconds` is the time it took."""

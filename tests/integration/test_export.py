@@ -194,3 +194,21 @@ def test_teacher_is_another_model_with_the_same_visual_path(directory):
         if not torch.equal(a, b)
     }
     assert different == {"model"}
+
+
+def test_an_image_behind_a_cache_is_refused(directory):
+    """A conversation that goes on with another picture: its tokens are new, its pixels would be passed over."""
+    model, processor = load(directory / "hf-encoder-free")
+    first, second = images_of(directory, 2)
+    text = processor.apply_chat_template(messages_of("<image>\nred"), add_generation_prompt=True)
+    out = model.generate(
+        **processor(text=text, images=[first]),
+        max_new_tokens=2,
+        return_dict_in_generate=True,
+        eos_token_id=None,
+    )
+    more = processor(text=text + text, images=[first, second])
+    with pytest.raises(
+        ValueError, match=r"an image begins behind the .* tokens of the cache.*without past_key_values"
+    ):
+        model.generate(**more, past_key_values=out.past_key_values, max_new_tokens=2)

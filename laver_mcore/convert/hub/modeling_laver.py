@@ -261,6 +261,11 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
         grids = self._grids(input_ids, image_grids)
         position_ids, image_ids = lay_out(input_ids, attention_mask, grids, self.config)
         new = slice(past, None)
+        if past and bool((input_ids[:, new] == self.config.image_token_id).any()):
+            raise ValueError(
+                f"an image begins behind the {past} tokens of the cache, which cannot be encoded any more; "
+                "generate from the whole conversation, without past_key_values"
+            )
         return {
             "input_ids": input_ids[:, new].contiguous(),
             "position_ids": position_ids[..., new].contiguous(),

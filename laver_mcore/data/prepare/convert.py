@@ -45,6 +45,8 @@ class ConvertOptions:
     format: Format
     seed: int = 0
     samples_per_shard: int = 2000
+    num_samples: int | None = None
+    """Records that are drawn at random, each as likely; all where None."""
     limits: ImageLimits = field(default_factory=ImageLimits)
     ratings: RatingFilter = field(default_factory=RatingFilter)
 
@@ -127,7 +129,7 @@ def _by_kind(rejects: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 def _identity(source: Corpus, options: ConvertOptions) -> str:
-    settings = json.dumps(asdict(options), sort_keys=True)
+    settings = json.dumps({k: v for k, v in asdict(options).items() if v is not None}, sort_keys=True)
     text = f"{_VERSION} {source.fingerprint()} {settings}"
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -152,6 +154,9 @@ def _plan(source: Corpus, output: Path, options: ConvertOptions) -> list[_ShardT
     locators = np.array(list(source.scan()), dtype=np.int64)
     if not len(locators):
         raise DataError(f"{source.path}: holds no records")
+    if options.num_samples is not None:
+        drawn = permutation(len(locators), "prepare sample", options.seed)[: options.num_samples]
+        locators = locators[np.sort(drawn)]
     size = max(options.samples_per_shard, -(-len(locators) // _MAX_SHARDS))
     if isinstance(source, ParquetSource):
         _, group_of = np.unique(locators[:, :2], axis=0, return_inverse=True)

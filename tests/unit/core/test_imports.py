@@ -77,7 +77,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plan": ("accounting", "config"),
     "demo": (),
     "diagnose": ("convert.export", "convert.reference"),
-    "cli": ("accounting", "config", "data", "laver_kernels", "megatron", "model", "train", "validation"),
+    "cli": (
+        "accounting",
+        "config",
+        "data",
+        "laver_kernels",
+        "megatron",
+        "model",
+        "shapes",
+        "train",
+        "validation",
+    ),
 }
 MEGATRON_FREE = ("accounting", "plan", "config", "shapes", "data", "objectives", "demo", "device")
 MEGATRON_FREE_MODULES = ("train.schedules", "train.metrics", "cli.console")
