@@ -16,13 +16,19 @@ MODEL = ("*", "connector", "language_model", "vision_encoder")
 def resolve_trainable(config: Config) -> tuple[str, ...]:
     """The patterns, with the objective's own names for `objective`.
 
-    Patterns of what another objective would add are left out: a recipe keeps them when its objective is changed.
+    Patterns of what another objective would add are left out, and of a tower or connector that the visual path does
+    without: a recipe keeps them when its objective or its visual path is changed.
     """
+    vision = config.vision
+    absent = [] if vision.tower is not None else ["vision_encoder"]
+    absent += [] if vision.has_images else ["connector"]
     own = [weight.name for weight in config.objective.parameters(config)]
     found: list[str] = []
     for pattern in config.train.trainable:
         if pattern == OWN:
             found += own
+        elif pattern.startswith(tuple(absent)):
+            continue
         elif pattern.startswith(MODEL) or fnmatch.filter(own, pattern) or not _is_anothers(pattern, config):
             found.append(pattern)
     return tuple(found) or config.train.trainable

@@ -150,3 +150,23 @@ TRAINABLE = {
 def test_what_trains_follows_the_objective(recipe, objective, patterns, wanted):
     argv = ["--config", str(recipe), "--objective", objective, "--trainable", *patterns.split()]
     assert parse(argv)[0].train.trainable == wanted
+
+
+def test_patterns_of_parts_that_the_visual_path_does_without_are_no_error():
+    patterns = ["--trainable", "vision_encoder.*", "connector.*", "language_model.*"]
+    base = [
+        "--model",
+        "tiny",
+        "--objective",
+        "lm",
+        "--data-path",
+        "none",
+        "--tokenizer-model",
+        "none",
+        *patterns,
+    ]
+    free = parse([*base, "--vision", "encoder-free"])[0]
+    assert free.train.trainable == ("connector.*", "language_model.*")
+    assert parse([*base, "--vision", "none"])[0].train.trainable == ("language_model.*",)
+    whole = parse([*base, "--vision", "siglip", "--vision-path", "tower"])[0]
+    assert whole.train.trainable == tuple(patterns[1:])
