@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib.util
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,9 @@ def check_save_folder(config: Config) -> None:
     directory = Path(config.run.save)
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"save={directory} is a file; choose a folder")
-    if not (directory / "config.yaml").is_file() and not candidates(directory):
+    if not candidates(
+        directory
+    ):  # a run that ended before its first save: nothing to lose, its metrics are kept
         return
     difference = _difference(directory, config)
     if difference is not None:
@@ -218,20 +222,35 @@ def _train(engine: Engine, data: DialogueData, progress: Progress, validation: V
     if config.run.save and topology.rank == 0:
         Path(config.run.save).mkdir(parents=True, exist_ok=True)
         (Path(config.run.save) / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    metrics = Metrics(config, progress.iteration) if topology.is_last_rank else None
+    metrics, start = Metrics(config, progress.iteration) if topology.is_last_rank else None, time.monotonic()
     try:
         with ExitSignal() if config.run.exit_signal_handler else contextlib.nullcontext() as exit_signal:
             told = exit_signal.received if exit_signal is not None else lambda: False
             with _watched(config.run.silent_rank_timeout, topology.rank, topology.world_size):
                 stopped = train(engine, data, progress, metrics, told, validation)
         if exit_signal is not None and exit_signal.seen:
-            where = (
-                f"saved in {config.run.save}" if config.run.save else "nothing saved, for there is no --save"
-            )
-            _say(f"told to stop after iteration {stopped.iteration}: {where}", topology.is_last_rank)
+            _say(f"told to stop after iteration {stopped.iteration}: {_kept(config)}", topology.is_last_rank)
+        else:
+            took = timedelta(seconds=round(time.monotonic() - start))
+            done = f"{stopped.iteration:,} of {config.train.train_iters:,} iterations"
+            _say(f"finished {done} in {took}: {_kept(config)}", topology.is_last_rank)
     finally:
         if metrics is not None:
             metrics.close()
+
+
+def _kept(config: Config) -> str:
+    return f"saved in {config.run.save}" if config.run.save else "nothing saved, for there is no --save"
+
+
+def _saving(config: Config) -> str:
+    """What becomes of the run, said before it begins."""
+    run = config.run
+    if not run.save:
+        return "nothing of this run is kept: there is no --save"
+    if not run.save_interval:
+        return f"writes {run.save}, a checkpoint at the end alone: there is no --save-interval"
+    return f"writes {run.save}, a checkpoint every {run.save_interval:,} iterations"
 
 
 def _announce(engine: Engine, kernels: str, num_samples: int, report: BuildReport) -> None:
@@ -243,6 +262,7 @@ def _announce(engine: Engine, kernels: str, num_samples: int, report: BuildRepor
         f"{topology.device.type}, kernels: {kernels}, objective {config.objective.name}",
         format_trainable(report.trainable),
         *config.objective.remarks(config, typical_mix(config).image_tokens),
+        _saving(config),
     ]
     if report.fresh:
         lines.append(

@@ -230,7 +230,12 @@ def _save(engine: Engine, state: RunState, fingerprint: str, just_skipped: int, 
             raise checkpoints.SaveError(
                 f"iteration {state.progress.iteration}: not saved (the last {just_skipped} steps were skipped)"
             )
-        checkpoint.save(engine, run.save, replace(state.progress, skipped=int(state.skipped)), fingerprint)
+        start = time.perf_counter()
+        folder = checkpoint.save(
+            engine, run.save, replace(state.progress, skipped=int(state.skipped)), fingerprint
+        )
+        if engine.topology.is_last_rank:
+            print(f"saved {folder} in {time.perf_counter() - start:.1f} s", flush=True)
     except checkpoints.SaveError as error:
         if last:
             raise

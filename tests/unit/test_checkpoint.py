@@ -217,7 +217,8 @@ def test_data_go_on_behind_the_rows_that_were_consumed(recipe):
 # Folder's recipe (flags; None: none), its tracker, flags of the run -> words of the refusal, None where it may write.
 FOLDERS = {
     "new": (None, None, "", None),
-    "empty_run_of_this_recipe": ("", None, "", "already holds a run"),
+    "ended_before_its_first_save": ("", None, "", None),
+    "the_same_with_another_recipe": ("--lr 5", None, "", None),
     "resumed": ("", "3", "--load {folder}", None),
     "resumed_with_more_iterations": ("", "3", "--load {folder} --train-iters 20", None),
     "not_resumed": ("", "3", "", "already holds a run"),
