@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from long import LONG
 
 from integration.harness import REPOSITORY, environment, read_metrics
 
@@ -103,6 +104,7 @@ def test_a_killed_rank_leaves_no_process(data_directory, tmp_path, monkeypatch):
     assert gone(run), family(run)
 
 
+@LONG
 def test_a_silent_rank_is_named_and_the_job_ends(data_directory, tmp_path, monkeypatch):
     """One is stopped, not dead: the other says so, shows its stacks and leaves, and torchrun ends both."""
     run = tmp_path / "run"

@@ -128,8 +128,9 @@ def _check_once(
     q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, intervals: Intervals, rope: tuple[Tensor, Tensor] | None
 ) -> None:
     """The checks, which every layer would repeat on the same shapes with the same mask and table."""
-    tensors = (q_THD, k_TGD, v_TGD, *(rope or ()))
-    if torch.compiler.is_compiling() or not all(isinstance(x, Tensor) for x in tensors):
+    tables = rope if isinstance(rope, (tuple, list)) else (rope,) * (rope is not None)
+    tensors = (q_THD, k_TGD, v_TGD, *tables)
+    if torch.compiler.is_compiling() or len(tables) == 1 or not all(isinstance(x, Tensor) for x in tensors):
         return _check(q_THD, k_TGD, v_TGD, intervals, rope)
     seen = intervals.__dict__.setdefault("_checked", set()) if isinstance(intervals, Intervals) else set()
     signature = tuple((x.shape, x.dtype, x.device) for x in tensors)

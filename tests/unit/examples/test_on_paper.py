@@ -19,7 +19,9 @@ def nothing_is_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES if r.stem == "stage2"], ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_a_recipe_is_described_without_its_files(recipe, capsys):
     argv = ["--config", str(recipe), "--dry-run"]
     config, _ = parse(argv)
