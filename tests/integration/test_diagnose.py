@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from long import LONG
 from PIL import Image
 from sample_run import write_recipe, write_sample_data
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
@@ -104,6 +105,7 @@ def test_encoder_states_stand_at_their_places(directory):
         torch.testing.assert_close(encoder(image, (1, 1))[0], states.mean(0))
 
 
+@LONG
 def test_command_line(directory):
     argv = f"--model {directory}/run --teacher-of {directory}/run --data {directory}/asked.json"
     argv += f" --encoder {directory}/dinov2"

@@ -30,11 +30,9 @@ from laver_mcore.train.build import build_image_processor, build_tokenizer
 PLAIN = "--objective lm --no-mixed-attention --no-rope-2d --vision-random-init"
 CASES = {
     "clip": "--vision clip --vision-path {directory}/clip --vision-layer -2",
-    "clip-last": "--vision clip --vision-path {directory}/clip",
     "siglip": "--vision siglip --vision-path {directory}/siglip --vision-layer -2",
     "qwen3": "--vision clip --vision-path {directory}/clip --vision-layer -2 --family qwen3",
     "llama3.1": "--vision clip --vision-path {directory}/clip --family llama --rope-scaling 8 1 4 16",
-    "tied": "--vision clip --vision-path {directory}/clip --untie-embeddings-and-output-weights False",
 }
 
 

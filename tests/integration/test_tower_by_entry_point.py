@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from long import LONG
 from sample_run import write_recipe, write_sample_data
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -66,6 +67,7 @@ def test_its_tokens_are_those_of_transformers_behind_cls_and_registers(directory
     assert prefix == 5
 
 
+@LONG
 def test_it_trains_and_is_exported(directory):
     flags = (
         f"--vision dinov2-registers --vision-path {directory}/tower --trainable vision_encoder.* connector.*"
