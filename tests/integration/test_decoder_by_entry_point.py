@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from long import LONG
 from safetensors.torch import load_file
 from sample_run import write_recipe, write_sample_data
 from sample_tokenizers import write_tokenizer_of
@@ -61,6 +62,7 @@ def test_it_computes_what_transformers_does(directory):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+@LONG
 def test_it_trains_under_layouts_and_comes_out_as_it_was(directory):
     for name, flags, ranks in (
         ("tp1", "", 1),

@@ -5,9 +5,12 @@ import subprocess
 import sys
 import time
 
+from long import LONG
+
 from integration.harness import REPOSITORY, environment, read_metrics, torchrun
 
 
+@LONG
 def test_sigterm_saves_and_the_run_continues(data_directory, tmp_path):
     run = tmp_path / "run"
     flags = f"--config {data_directory / 'recipe.yaml'} --save {run} --load {run} --train-iters 100000"

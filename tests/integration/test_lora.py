@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from long import LONG
 from safetensors.torch import load_file
 from sample_decoders import random_decoder
 from sample_run import PATCH_SIZE, write_recipe, write_sample_data
@@ -231,6 +232,7 @@ def test_an_adapter_directory_names_the_projections_that_have_one(directory, tmp
         assert len(adapters) == 2 * 3 * 2
 
 
+@LONG
 def test_evaluation_answers_with_adapters_whose_decoder_lies_elsewhere(directory):
     """`tools/evaluate.py` on checkpoints that hold adapters alone: the same answers at every layout, not the base's."""
     answers = {}
