@@ -18,7 +18,7 @@ from laver_mcore.cli.assets import how_to_get, missing
 from laver_mcore.cli.run import check_save_folder
 from laver_mcore.config.checks import check_world
 from laver_mcore.config.presets import model_name
-from laver_mcore.config.schema import Config
+from laver_mcore.config.schema import Config, ParallelConfig
 from laver_mcore.megatron import cpu, parallel
 from laver_mcore.megatron.parallel import Topology
 from laver_mcore.model.parameters import Part, format_trainable, freeze_local, merge_parts, training_of
@@ -63,17 +63,21 @@ def _pretend(config: Config, world_size: int, rank: int) -> Topology:
     return parallel.build_topology(config.parallel, torch.device("meta"))
 
 
+def _layout_line(sizes: ParallelConfig, dp_size: int) -> str:
+    return (
+        f"TP {sizes.tensor_model_parallel_size} x PP {sizes.pipeline_model_parallel_size} x "
+        f"CP {sizes.context_parallel_size} x DP {dp_size}; this dry run trains nothing"
+    )
+
+
 def _on_paper(config: Config, dp_size: int, absent: dict[str, list[str]]) -> int:
     """What can be said before the downloads: shapes as published, memory, FLOPs; and what has to be fetched."""
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
-    weights, sizes = list_weights(config, vocab_size), config.parallel
+    weights = list_weights(config, vocab_size)
     total, trained = sum(w.size for w in weights), sum(w.size for w in weights if w.trains)
     print(f"{model_name(config.model)}: {total:,} parameters, {trained:,} of them trained")
-    print(
-        f"TP {sizes.tensor_model_parallel_size} x PP {sizes.pipeline_model_parallel_size} x "
-        f"CP {sizes.context_parallel_size} x DP {dp_size}; this dry run trains nothing, and shapes are as published"
-    )
+    print(f"{_layout_line(config.parallel, dp_size)}, and shapes are as published")
     print("\n".join(_step_lines(config, vocab_size, dp_size)))
     print("\nnot here yet:")
     for path, flags in absent.items():
@@ -108,10 +112,7 @@ def dry_run(config: Config) -> int:
     print(
         f"{model_name(config.model)}: {len(data.samples):,} dialogues, {data.rows_per_epoch(0):,} packed rows an epoch"
     )
-    print(
-        f"TP {sizes.tensor_model_parallel_size} x PP {len(rows)} x CP {sizes.context_parallel_size} x DP {dp_size}; "
-        "this dry run trains nothing"
-    )
+    print(_layout_line(sizes, dp_size))
     print()
     print(format_trainable(table))
     print("\n".join(_step_lines(config, vocab_size, dp_size)))

@@ -76,9 +76,8 @@ def check_save_folder(config: Config) -> None:
     directory = Path(config.run.save)
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"save={directory} is a file; choose a folder")
-    if not candidates(
-        directory
-    ):  # a run that ended before its first save: nothing to lose, its metrics are kept
+    # A run that ended before its first save has nothing to lose; its metrics are kept.
+    if not candidates(directory):
         return
     difference = _difference(directory, config)
     if difference is not None:

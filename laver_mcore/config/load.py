@@ -249,15 +249,8 @@ def _first_paragraph(box: str) -> str:
 def _check_flags(args: list[str], default: Config) -> list[str]:
     """Refuse an unknown flag in one line that names its nearest neighbour, or the objective that it belongs to."""
     flat = {f.name for kind in (*_SECTIONS.values(), type(default.objective)) for f in fields(kind)}
-    known = {
-        *flat,
-        *(f"no_{name}" for name in flat),
-        "help",
-        "objective",
-        "config",
-        "dry_run",
-        "print_config",
-    }
+    actions = {"help", "objective", "config", "dry_run", "print_config"}
+    known = flat | actions | {f"no_{name}" for name in flat}
     for arg in args:
         if arg.startswith("--"):
             name = arg[2:].split("=", 1)[0].replace("-", "_")

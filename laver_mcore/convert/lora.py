@@ -57,12 +57,7 @@ def read_adapter(
             )
     a, b = (reader.read(prefix + name, entry.layer).float() for name in ("lora_a", "lora_b"))
     indices = adapted(entry, model)
-    parts = [model.projection_parts(layer_of(entry))[i] for i in indices]
-    groups = model.num_query_groups if entry.fusion == "qkv" else 1
-    assert groups is not None
-    unit = b.shape[0] // groups // sum(parts)
-    rows = b.unflatten(0, (groups, -1)).split([unit * part for part in parts], dim=1)
-    pairs = zip(a.chunk(len(indices)), (part.flatten(0, 1) for part in rows), strict=True)
+    pairs = zip(a.chunk(len(indices)), split(entry, b, model, indices), strict=True)
     return dict(zip(indices, pairs, strict=True))
 
 

@@ -123,18 +123,22 @@ def fuse(entry: Entry, tensors: Sequence[torch.Tensor], config: ModelConfig) -> 
     return tensors[0]
 
 
-def split(entry: Entry, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
-    """Our whole tensor -> Hugging Face's tensors (views where possible); the inverse of `fuse`."""
-    if entry.fusion == "qkv":
-        heads, groups, channels = config.num_attention_heads, config.num_query_groups, config.kv_channels
-        assert heads is not None
-        assert groups is not None
-        assert channels is not None
-        parts = [heads // groups * channels, channels, channels]
-        return [part.flatten(0, 1) for part in tensor.unflatten(0, (groups, -1)).split(parts, dim=1)]
-    if entry.fusion == "gate_up":
-        return list(tensor.chunk(2))
-    return [tensor]
+def split(
+    entry: Entry, tensor: torch.Tensor, config: ModelConfig, only: Sequence[int] | None = None
+) -> list[torch.Tensor]:
+    """Our whole tensor -> Hugging Face's tensors (views where possible); the inverse of `fuse`.
+
+    `only`: the tensor has the rows of these of them alone, as an adapter may.
+    """
+    if entry.fusion not in ("qkv", "gate_up"):
+        return [tensor]
+    groups = config.num_query_groups if entry.fusion == "qkv" else 1
+    assert groups is not None
+    parts = config.projection_parts(entry.ours.split(".")[-2])
+    kept = parts if only is None else [parts[i] for i in only]
+    unit = tensor.shape[0] // groups // sum(kept)
+    rows = tensor.unflatten(0, (groups, -1)).split([unit * part for part in kept], dim=1)
+    return [part.flatten(0, 1) for part in rows]
 
 
 def with_new_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:

@@ -70,11 +70,8 @@ def open_newest(
         logger.warning("%s", line)
     with reading(folder):
         common = dist_checkpointing.load_common_state_dict(str(folder))
-    before = {
-        "family": "qwen2",
-        "lora_rank": 0,
-        "normalize_visual_tokens": False,
-    }  # what an older one leaves out
+    # What an older one leaves out.
+    before = {"family": "qwen2", "lora_rank": 0, "normalize_visual_tokens": False}
     before["lora_targets"] = wanted_identity.get("lora_targets")
     stored = before | common.get("identity", {})
     for name, wanted in wanted_identity.items():

@@ -132,7 +132,7 @@ def decode_here(
     make_pixels: PixelMaker,
     make_targets: PixelMaker | None = None,
 ) -> ReadImages:
-    """ReadImages whose bytes a worker has read, decoded all at once; not when some could not even be read."""
+    """Images whose bytes a worker has read, decoded all at once; not when some could not even be read."""
     if pictures.pixels is not None or pictures.failures:
         return pictures
     pixels, failed = make_pixels(pictures.images)

@@ -48,10 +48,9 @@ class DialogueData:
     image that fails later silences its sample. `overlong` says what to do with a sample of more than
     `seq_length` tokens: "error", "drop" or "truncate" (logged, counted in `num_dropped` and `num_cut`).
     `weights`, one a source, mix several sets (`order/rows.py`). `cost` makes rows and ranks even in what they
-    cost to train on; without it
-    samples are packed by length alone. `num_workers` processes read ahead; 0 reads in a thread. `image_backend` is
-    one of `image_backend.BACKENDS`; `targets` are made of the same images besides. With a CUDA
-    `device`, `iterate` yields batches that are there already.
+    cost to train on; without it samples are packed by length alone. `num_workers` processes read ahead; 0 reads
+    in a thread. `image_backend` is one of `image_backend.BACKENDS`; `targets` are made of the same images
+    besides. With a CUDA `device`, `iterate` yields batches that are there already.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""ReadImages that people have, through every backend and reader: one rule, or refused with the file's name."""
+"""Pictures that people have, through every backend and reader: one rule, or refused with the file's name."""
 
 import io
 import struct
