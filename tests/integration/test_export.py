@@ -122,21 +122,20 @@ def messages_of(text):
     return [{"role": "user", "content": parts}]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_tokens_pixels_logits_and_answers_equal_the_engine(directory, name):
+def assert_answers_as_the_engine(directory, name, model, processor, pixel_tolerance=0.0):
+    """An exported run gives the engine's tokens, pixels, logits and greedy answers for every question."""
     network = network_of(directory, name)
-    model, processor = load(directory / f"hf-{name}")
     tokenizer, image_processor = build_tokenizer(network.config), build_image_processor(network.config)
     for text, count in QUESTIONS:
         images = images_of(directory, count)
         grids = [image_processor.grid(*image.size) for image in images]
         prompt = encode_prompt([Turn("user", text)], grids, tokenizer, system_prompt="")
         written = processor.apply_chat_template(messages_of(text), add_generation_prompt=True)
-        inputs = processor(text=written, images=images or None)
+        inputs = processor(text=written, images=images or None, return_tensors="pt")
         assert inputs["input_ids"][0].tolist() == prompt.token_ids_L.tolist()
         pixels = image_processor(images)
         if count:
-            assert torch.equal(inputs["pixel_values"], pixels)
+            torch.testing.assert_close(inputs["pixel_values"], pixels, atol=pixel_tolerance, rtol=0)
         batch = collate([prompt], ["q"], total_length=len(prompt), pad_id=0, pixels=pixels)
         wanted = probe(
             network.chunks, batch, network.geometry, network.topology, network.vocab_size
@@ -148,6 +147,11 @@ def test_tokens_pixels_logits_and_answers_equal_the_engine(directory, name):
         (answer,) = generate(network, [prompt], images, image_processor, stop_token=-1, max_new_tokens=8)
         generated = model.generate(**inputs, max_new_tokens=8, eos_token_id=None, do_sample=False)
         assert generated[0, len(prompt) :].tolist() == answer
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_pixels_logits_and_answers_equal_the_engine(directory, name):
+    assert_answers_as_the_engine(directory, name, *load(directory / f"hf-{name}"))
 
 
 @pytest.mark.parametrize("name", ["encoder-free", "siglip", "qwen2.5-vl"])

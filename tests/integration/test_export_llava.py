@@ -5,27 +5,14 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from sample_run import write_recipe, write_sample_data
 
 from integration.harness import Scenario, run_scenarios
-from integration.test_export import (
-    QUESTIONS,
-    images_of,
-    messages_of,
-    network_of,
-    write_tower,
-)
+from integration.test_export import assert_answers_as_the_engine, write_tower
 from laver_mcore.convert.decoder import open_run
 from laver_mcore.convert.errors import ConversionError
 from laver_mcore.convert.export import export_run
 from laver_mcore.convert.llava import differences
-from laver_mcore.convert.probe import probe
-from laver_mcore.data.records.sample import Turn
-from laver_mcore.data.sequence.batch import collate
-from laver_mcore.data.sequence.prompt import encode_prompt
-from laver_mcore.generate import generate
-from laver_mcore.train.build import build_image_processor, build_tokenizer
 
 PLAIN = "--objective lm --no-mixed-attention --no-rope-2d --vision-random-init"
 CASES = {
@@ -65,29 +52,7 @@ def test_transformers_own_llava_answers_as_the_engine_does(directory, name):
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
     model.eval()
     processor = LlavaProcessor.from_pretrained(directory / f"hf-{name}")
-    network = network_of(directory, name)
-    tokenizer, image_processor = build_tokenizer(network.config), build_image_processor(network.config)
-    for text, count in QUESTIONS:
-        images = images_of(directory, count)
-        grids = [image_processor.grid(*image.size) for image in images]
-        prompt = encode_prompt([Turn("user", text)], grids, tokenizer, system_prompt="")
-        written = processor.apply_chat_template(messages_of(text), add_generation_prompt=True)
-        inputs = processor(text=written, images=images or None, return_tensors="pt")
-        assert inputs["input_ids"][0].tolist() == prompt.token_ids_L.tolist()
-        pixels = image_processor(images)
-        if count:
-            torch.testing.assert_close(inputs["pixel_values"], pixels, atol=1e-6, rtol=0)
-        batch = collate([prompt], ["q"], total_length=len(prompt), pad_id=0, pixels=pixels)
-        wanted = probe(
-            network.chunks, batch, network.geometry, network.topology, network.vocab_size
-        ).logits_TV
-        with torch.no_grad():
-            logits = model(**inputs).logits[0]
-        assert wanted.abs().max() > 0.5
-        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
-        (answer,) = generate(network, [prompt], images, image_processor, stop_token=-1, max_new_tokens=8)
-        generated = model.generate(**inputs, max_new_tokens=8, eos_token_id=None, do_sample=False)
-        assert generated[0, len(prompt) :].tolist() == answer
+    assert_answers_as_the_engine(directory, name, model, processor, pixel_tolerance=1e-6)
 
 
 REFUSED = {
