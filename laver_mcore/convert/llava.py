@@ -50,11 +50,11 @@ def differences(config: Config) -> list[str]:
 
 
 def vision_config(config: Config, num_layers: int) -> dict[str, Any]:
-    """The tower's own settings with as many layers as are left of it."""
-    kind = config.vision.vision
+    """The tower's own settings, what published files leave out filled in, with as many layers as are left of it."""
+    kind, tower = config.vision.vision, config.vision.tower
+    assert tower is not None
     assert config.vision.vision_path is not None
-    settings = read_config(config.vision.vision_path, kind)
-    return settings | dict(
+    return tower.filled(read_config(config.vision.vision_path, kind)) | dict(
         model_type=f"{kind}_vision_model", num_hidden_layers=num_layers, vision_use_head=False
     )
 
