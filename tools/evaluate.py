@@ -56,9 +56,8 @@ def evaluate(arguments: Arguments, configs: list[Config]) -> None:
     from laver_mcore.validation.answers import Reader, answer, questions_of
 
     folder_of_images = arguments.image_folder or Path(arguments.data).parent
-    samples = load_records(
-        arguments.data, folder_of_images, check_files=False
-    )  # one that is gone costs its answer
+    # A picture that is gone costs its own answer, when it is looked at.
+    samples = load_records(arguments.data, folder_of_images, check_files=False)
     device = parallel.init_distributed()
     for folder, config in zip(arguments.checkpoint, configs, strict=True):
         tokenizer, processor = build_tokenizer(config), build_image_processor(config)

@@ -128,9 +128,10 @@ def _check_once(
     q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, intervals: Intervals, rope: tuple[Tensor, Tensor] | None
 ) -> None:
     """The checks, which every layer would repeat on the same shapes with the same mask and table."""
-    tables = rope if isinstance(rope, (tuple, list)) else (rope,) * (rope is not None)
+    tables = rope if isinstance(rope, (tuple, list)) else ()
     tensors = (q_THD, k_TGD, v_TGD, *tables)
-    if torch.compiler.is_compiling() or len(tables) == 1 or not all(isinstance(x, Tensor) for x in tensors):
+    no_pair = rope is not None and len(tables) != 2
+    if no_pair or torch.compiler.is_compiling() or not all(isinstance(x, Tensor) for x in tensors):
         return _check(q_THD, k_TGD, v_TGD, intervals, rope)
     seen = intervals.__dict__.setdefault("_checked", set()) if isinstance(intervals, Intervals) else set()
     signature = tuple((x.shape, x.dtype, x.device) for x in tensors)
