@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from laver_kernels import (
+    Intervals,
     backend,
     ema_update_,
     gram_loss,
@@ -289,3 +290,15 @@ def test_the_decision_for_a_gpu_breaks_no_graph(monkeypatch):
 
     torch._dynamo.reset()
     assert torch.compile(shift, backend="aot_eager", fullgraph=True)(torch.zeros(3)).tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("rope", [(), x(6, 8), (x(6, 8),)], ids=["none", "a tensor", "one table"])
+def test_a_table_that_is_no_pair_is_refused_after_a_call_that_was_right(rope):
+    """The same mask and shapes have been checked before: what goes without a second look is not the table's kind."""
+    q = x(6, 1, 16)
+    ends = torch.arange(1, 7, dtype=torch.int32)
+    seen = Intervals.from_rows(torch.zeros_like(ends), ends)
+    mixed_attention(q, q, q, seen)
+    mixed_attention(q, q, q, seen, (x(6, 8), x(6, 8)))
+    with pytest.raises(ValueError, match=r"rope is a \w+, want .cos_TF, sin_TF."):
+        mixed_attention(q, q, q, seen, rope)
