@@ -80,10 +80,6 @@ BAD = {
         lambda: attention(*[x(6, 1, 16)] * 3, rope=x(6, 8)),
         "rope is a Tensor, want .cos_TF, sin_TF.",
     ),
-    "no rope in a pair": (
-        lambda: attention(*[x(6, 1, 16)] * 3, rope=()),
-        "rope is a tuple, want .cos_TF, sin_TF.",
-    ),
     "rope dtype": (
         lambda: attention(*[x(6, 1, 16)] * 3, rope=(x(6, 8), x(6, 8).half())),
         "rope sin_TF is torch.float16, want torch.float32",
