@@ -32,7 +32,7 @@ Path("/etc/pip/constraint.txt").write_text("")
 PYTHON
 
 COPY . .
-RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable kernels --editable .
+RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable .
 
 # A build machine has no driver; the container's compatibility library stands in for libcuda.so.
 RUN LD_LIBRARY_PATH="/usr/local/cuda/compat/lib.real:/usr/local/cuda/compat/lib:/usr/local/cuda/compat:${LD_LIBRARY_PATH:-}" \

@@ -167,9 +167,9 @@ $(STAMPS)/requirements: $(STAMPS)/torch requirements/base.txt requirements/dev.t
 	@$(PIP) install --requirement requirements/base.txt --requirement requirements/dev.txt
 	@touch $@
 
-$(STAMPS)/installed: $(STAMPS)/requirements setup.py pyproject.toml kernels/pyproject.toml
-	@echo "setup: laver_kernels and laver_mcore, editable"
-	@$(PIP) install --no-deps --no-build-isolation --editable kernels --editable .
+$(STAMPS)/installed: $(STAMPS)/requirements setup.py pyproject.toml
+	@echo "setup: laver_mcore and laver_kernels, editable"
+	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(STAMPS)/test-all: $(STAMPS)/data requirements/test-all.txt

@@ -3,35 +3,7 @@
 The same program serves a laptop (one process, CPU), one GPU and a cluster. `--help` lists every flag.
 """
 
-from laver_mcore.cli.console import refuse, run_and_leave, silence_megatron
-from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.load import parse, to_yaml
-
-
-def main(argv: list[str]) -> int:
-    """Parse, build, run, close. Returns 0, 1 for training that cannot go on, or 2 for input that cannot run."""
-    silence_megatron()
-    try:
-        config, actions = parse(argv)
-        if actions.print_config:
-            print(to_yaml(config), end="")
-            return 0
-    except ConfigError as error:
-        return refuse("pretrain_laver.py", error)
-    # Imported here: `--help` and a misspelt flag should not wait for torch and Megatron.
-    from laver_mcore.cli.dry_run import dry_run
-    from laver_mcore.cli.run import run
-    from laver_mcore.data.errors import DataError
-    from laver_mcore.megatron.checkpoints import SaveError
-    from laver_mcore.train.skips import DivergedError
-
-    try:
-        return dry_run(config) if actions.dry_run else run(config)
-    except (ConfigError, DataError) as error:
-        return refuse("pretrain_laver.py", error)
-    except (SaveError, DivergedError) as error:
-        return refuse("pretrain_laver.py", error, status=1)
-
+from laver_mcore.cli.main import script
 
 if __name__ == "__main__":  # Megatron's checkpoint writer spawns a process that imports this file again
-    run_and_leave(main)
+    script("train")

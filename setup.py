@@ -1,6 +1,7 @@
-"""Package laver_mcore: the training engine and its entry point `pretrain_laver`.
+"""Package laver_mcore: the training engine, its kernels, and the command `laver`.
 
-The kernels are a distribution of their own (`kernels/`), because a kernel engineer wants only those.
+The kernels are also a distribution of their own (`kernels/`) for those who want nothing else; whoever installs this one
+has them already.
 """
 
 from pathlib import Path
@@ -17,10 +18,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["laver_mcore", "laver_mcore.*"]),
+    packages=find_packages(include=["laver_mcore", "laver_mcore.*"])
+    + find_packages("kernels", include=["laver_kernels*"]),
+    package_dir={"laver_kernels": "kernels/laver_kernels"},
+    package_data={"laver_kernels": ["py.typed"]},
     py_modules=["pretrain_laver"],
     install_requires=[
-        f"laver-kernels=={VERSION}",
         "torch>=2.11",
         "megatron-core>=0.16.1,<0.17",
         "transformers>=5.17",
@@ -36,6 +39,7 @@ setup(
         "tensorboard>=2.18",
         "tqdm>=4.66",
     ],
+    entry_points={"console_scripts": ["laver = laver_mcore.cli.main:laver"]},
     extras_require={
         "demo": ["scikit-learn>=1.6", "scikit-image>=0.25", "matplotlib>=3.10"],
         "data": ["nvidia-dali-cuda130==2.4.0", "pyarrow>=26.0"],

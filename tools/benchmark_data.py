@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from laver_mcore.config.decoders.templates import CHATML
+from laver_mcore.config.flags import FlagParser
 from laver_mcore.data.images import dali
 from laver_mcore.data.images.backends import BACKENDS, make_backend
 from laver_mcore.data.images.decode import image_size, open_image
@@ -190,9 +191,7 @@ def _photographs(args: argparse.Namespace, folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(__doc__)
     parser.add_argument(
         "--images", type=Path, help="folder of JPEG and PNG files (default: 640 x 480 made up)"
     )

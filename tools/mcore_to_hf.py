@@ -1,64 +1,8 @@
-"""Write a run's newest checkpoint as a Hugging Face directory: `mcore_to_hf.py --load DIR --save DIR`.
+"""`laver export` from a checkout, installed or not: laver_mcore/cli/export.py."""
 
-A run with a visual path becomes a whole image-text model (remote code, processor, chat template); one
-without, a Qwen2 text model; `--decoder-only` takes the text model out of either. Runs on CPU in one process,
-a block of a tensor at a time.
-"""
+import checkout  # noqa: F401
 
-import argparse
-import sys
-import warnings
-from pathlib import Path
+from laver_mcore.cli.main import script
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
-
-
-def main(argv: list[str]) -> int:
-    """Returns the exit status: 0, or 2 for input that cannot be converted."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--load", required=True, help="folder of a run, or of a converted checkpoint")
-    parser.add_argument("--save", required=True, help="folder to create")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="cast to this; default: as stored")
-    parser.add_argument("--teacher", action="store_true", help="the EMA weights instead of the student's")
-    parser.add_argument("--adapter", action="store_true", help="LoRA's adapters alone, as a peft directory")
-    parser.add_argument(
-        "--form",
-        choices=("laver", "llava"),
-        default="laver",
-        help="architecture of a model with images: its own code, or LLaVA's, which vLLM, SGLang and llama.cpp have",
-    )
-    parser.add_argument("--decoder-only", action="store_true", help="the text model alone")
-    parser.add_argument(
-        "--tokenizer", help="directory of the tokenizer to put beside; default: the run's own"
-    )
-    args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore")
-    from laver_mcore.config.errors import ConfigError
-    from laver_mcore.convert.decoder import DTYPES
-    from laver_mcore.convert.export import export_run
-    from laver_mcore.convert.llava import SERVERS
-
-    try:
-        differs = export_run(
-            args.load,
-            args.save,
-            dtype=DTYPES[args.dtype] if args.dtype else None,
-            teacher=args.teacher,
-            decoder_only=args.decoder_only,
-            tokenizer=args.tokenizer,
-            adapter=args.adapter,
-            form=args.form,
-        )
-    except ConfigError as error:
-        print(f"mcore_to_hf.py: error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.save}: written from {args.load}")
-    if differs:
-        print(f"transformers alone loads it: {SERVERS} have no {'; no '.join(differs)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":  # workers import this file again
+    script("export")

@@ -7,7 +7,6 @@ those of the fp32 arm's student against each arm's targets. One process; further
 pretrain_laver.py. docs/engine.md says what was found.
 """
 
-import argparse
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import torch
 
 from laver_mcore.config.checks import check_world
 from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.flags import FlagParser
 from laver_mcore.config.load import parse
 from laver_mcore.config.schema import Config
 from laver_mcore.data.errors import DataError
@@ -142,9 +142,7 @@ def report(config: Config, seen: dict[str, list[Seen]]) -> str:
 def main(argv: list[str]) -> int:
     """Exit status: 0, or 2 for bad input."""
     warnings.filterwarnings("ignore")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(__doc__)
     parser.add_argument("--micro-batches", type=int, default=4, help="how many to look at")
     own, rest = parser.parse_known_args(argv)
     try:

@@ -13,7 +13,6 @@ and nobody says what stands on them.
 data/demo/tokenizer.model                SentencePiece, trained on the text of all of them
 """
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from laver_mcore.config.flags import FlagParser
 from laver_mcore.demo.conversations import (
     Turns,
     caption_turns,
@@ -118,9 +118,7 @@ def prepare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(__doc__)
     parser.add_argument(
         "--output", type=Path, default=Path("data/demo"), help="folder to write (default: data/demo)"
     )

@@ -7,19 +7,25 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 
-def silence_megatron() -> None:
-    """Drop Megatron's warnings about each optional library that is missing; runs say once what they use."""
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
-    warnings.filterwarnings("ignore", message="Please use DTensor instead")
+def silence_libraries() -> None:
+    """Drop what libraries warn of, unless Python was told otherwise (`python -W default`): none of it is a user's."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore")
 
 
-def refuse(program: str, error: Exception, status: int = 2) -> int:
+def program() -> str:
+    """The name that the running program was called by: `laver chat`, `chat.py`."""
+    return Path(sys.argv[0]).name
+
+
+def refuse(error: Exception | str, status: int = 2) -> int:
     """Say what is wrong in one line, once for all ranks (every rank finds the same fault); returns the exit status."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{program()}: error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun stops all ranks when the first one leaves: let rank 0 speak
     return status

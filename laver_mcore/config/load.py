@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, field, fields, make_dataclass, replace
 from pathlib import Path
@@ -188,7 +189,7 @@ def to_yaml(config: Config) -> str:
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """Parse the command line of `pretrain_laver.py` -> (resolved configuration, what to do with it).
+    """Parse the command line of a run -> (resolved configuration, what to do with it).
 
     The namespace holds `print_config` and `dry_run`. Raises `ConfigError`; `--help` prints and exits 0.
     """
@@ -197,7 +198,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     actions.add_argument("--objective")
     actions.add_argument("--print-config", "--print_config", action="store_true")
     actions.add_argument("--dry-run", "--dry_run", action="store_true")
-    chosen, rest = actions.parse_known_args(list(argv))
+    chosen, rest = actions.parse_known_args(_with_recipe_named(argv))
     recipe = read_recipe(chosen.config) if chosen.config else {}
     default = _from_sections(recipe, chosen.objective)
     said = io.StringIO()
@@ -205,7 +206,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
         with contextlib.redirect_stderr(said):
             flat, unknown = tyro.cli(
                 _command_line(default),
-                prog="pretrain_laver.py",
+                prog=Path(sys.argv[0]).name,
                 description=_DESCRIPTION,
                 args=_check_flags(rest, default),
                 config=(tyro.conf.OmitArgPrefixes,),
@@ -221,6 +222,13 @@ def parse(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     settings = getattr(flat, default.objective.name, default.objective)
     on_paper = chosen.dry_run or chosen.print_config
     return resolve(Config(objective=settings, **parts), on_paper=on_paper), chosen
+
+
+def _with_recipe_named(argv: Sequence[str]) -> list[str]:
+    """The command line with `--config` before a recipe that stands at its beginning alone: `stage2.yaml --lr 1e-5`."""
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        return ["--config", *argv]
+    return list(argv)
 
 
 def _command_line(default: Config) -> Any:
@@ -276,7 +284,7 @@ _DESCRIPTION = """Train a vision-language model with latent visual reconstructio
 
 Start from a recipe and override what you like; dashes and underscores are the same:
   torchrun --nproc-per-node 2 pretrain_laver.py --config examples/demo/stage2.yaml --tensor-model-parallel-size 2
-  python pretrain_laver.py --config RECIPE --dry-run        build and validate everything, print memory, train nothing
-  python pretrain_laver.py --config RECIPE --print-config   show the resolved recipe
+  python pretrain_laver.py RECIPE --dry-run                 build and validate everything, print memory, train nothing
+  python pretrain_laver.py RECIPE --print-config            show the resolved recipe
   python pretrain_laver.py --objective laver --help          the options of an objective as well
 """

@@ -23,7 +23,7 @@ class DataConfig:
     """Dialogues with images from JSON, JSONL, parquet or prepared shards, packed to `seq_length`."""
 
     data_path: tuple[str, ...] = ()
-    """One or several sets: JSON or JSONL file, parquet file or folder, or folder of tools/prepare_data.py."""
+    """One or several sets: JSON or JSONL file, parquet file or folder, or folder of laver prepare."""
     data_weights: tuple[float, ...] = ()
     """Share of each set in an epoch, 1 being the whole set once; one a set, or none for all of everything."""
     image_folder: str | None = None

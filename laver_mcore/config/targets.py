@@ -37,7 +37,7 @@ class TargetEncoder:
     path: str | None = None
     """Hugging Face directory: config, weights, preprocessor_config.json."""
     cache: str | None = None
-    """Directory of features made by tools/prepare_targets.py; the encoder itself is not loaded then."""
+    """Directory of features made by laver prepare-targets; the encoder itself is not loaded then."""
     image_size: int | None = None
     """Side in pixels of its input; its own processor's by default."""
     random_init: bool = False

@@ -8,7 +8,7 @@ foundation model sees in the same image:
 The frozen encoder works on the first pipeline stage, where the pixels are, on this rank's share of the images; its
 features travel to the last stage, and so do the states, where the projector and the loss are: the rows are few beside
 the decoder's own. It sees what the tower sees of an image, in its own size and normalisation; or its features were kept
-by tools/prepare_targets.py and are read with the images.
+by laver prepare-targets and are read with the images.
 
 Shapes: N visual tokens of a micro-batch, D width, Z width of the frozen encoder.
 """
@@ -66,7 +66,7 @@ class ViralConfig(ObjectiveConfig):
     target_path: str | None = None
     """Hugging Face directory of the frozen encoder: config, weights and preprocessor_config.json."""
     target_cache: str | None = None
-    """Directory of its features, made by tools/prepare_targets.py: the encoder itself is then not needed."""
+    """Directory of its features, made by laver prepare-targets: the encoder itself is then not needed."""
     target_image_size: int | None = None
     """Side in pixels of its input; its processor's own by default."""
     target_random_init: bool = False

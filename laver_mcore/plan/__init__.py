@@ -1,1 +1,1 @@
-"""`python -m laver_mcore.plan`: which parallel layout fits a cluster, and which is fastest on paper."""
+"""`laver plan`: which parallel layout fits a cluster, and which is fastest on paper."""

@@ -1,4 +1,7 @@
-"""The planner's command line: `python -m laver_mcore.plan --config RECIPE --gpus 16 --gpu a100-80gb`."""
+"""The planner's command line: `laver plan --config RECIPE --gpus 16 --gpu a100-80gb`.
+
+Every other flag is the recipe's, as for `laver train` (--model qwen2.5-72b --global-batch-size 1024).
+"""
 
 import argparse
 import json
@@ -10,6 +13,7 @@ from laver_mcore.accounting.devices import GIB, GPUS
 from laver_mcore.accounting.tables import memory_table
 from laver_mcore.accounting.typical import typical_mix
 from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.flags import FlagParser
 from laver_mcore.config.load import parse
 from laver_mcore.config.presets import model_name
 from laver_mcore.config.schema import Config
@@ -17,13 +21,10 @@ from laver_mcore.plan import report
 from laver_mcore.plan.predict import Setting
 from laver_mcore.plan.search import Plan, search
 
-_EPILOG = "Every other flag is the recipe's, as for pretrain_laver.py (--model qwen2.5-72b --global-batch-size 1024)."
-
 
 def main(argv: Sequence[str]) -> int:
     """Plan and print. Returns the exit status: 0, or 2 for input that cannot be planned."""
-    options = argparse.ArgumentParser(prog="python -m laver_mcore.plan", description=__doc__, epilog=_EPILOG,
-                                      allow_abbrev=False)  # fmt: skip
+    options = FlagParser(__doc__)
     options.add_argument("--gpus", type=int, required=True, help="number of GPUs")
     options.add_argument("--gpu", choices=list(GPUS), required=True, help="kind of GPU")
     options.add_argument("--top", type=int, default=10, help="layouts to print (default 10)")
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         config, _ = parse(rest)
         setting = _setting(config, chosen)
     except ConfigError as error:
-        print(f"plan: {error}", file=sys.stderr)
+        print(f"{options.prog}: error: {error}", file=sys.stderr)
         return 2
     plan = search(config, setting)
     print("\n".join(lines(config, setting, plan, chosen.gpu, chosen.top)))

@@ -9,22 +9,23 @@ from pathlib import Path
 import pytest
 from sample_run import write_recipe, write_sample_data
 
-import pretrain_laver
 from integration.bad_input_cases import COMMAND_LINES, DRY_RUNS, RECIPES, RUNS
 from integration.harness import REPOSITORY, environment, python
+from laver_mcore.cli import train
 
 # Calls `main` once per line of the plan and notes (status, standard error as the process wrote it).
 WORKER = """
-import json, os, sys, tempfile, warnings
-warnings.filterwarnings("ignore")
-import pretrain_laver
+import json, os, sys, tempfile
+from laver_mcore.cli import train
+from laver_mcore.cli.console import silence_libraries
+silence_libraries()
 results = []
 terminal = os.dup(2)
 for argv in json.load(open(sys.argv[1])):
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
-            status = pretrain_laver.main(argv)
+            status = train.main(argv)
         except BaseException as error:
             status = repr(error)
         sys.stderr.flush()
@@ -48,7 +49,7 @@ def assert_refused(refusal: Refusal, words: str) -> None:
     assert refusal.status == 2, refusal
     lines = refusal.stderr.splitlines()
     assert len(lines) == 1, refusal.stderr
-    assert lines[0].startswith("pretrain_laver.py: error: ")
+    assert ": error: " in lines[0]
     assert words in lines[0]
     assert refusal.left == []
 
@@ -127,7 +128,7 @@ def test_command_line(case, directory, tmp_path, capsys):
     extra, words = COMMAND_LINES[case]
     save = tmp_path / "save"
     argv = f"--config {directory}/recipe.yaml --save {save} {extra.format(d=directory)}".split()
-    status = pretrain_laver.main(argv)
+    status = train.main(argv)
     assert_refused(Refusal(status, capsys.readouterr().err, files_under(save)), words)
 
 
@@ -136,7 +137,7 @@ def test_recipe(case, tmp_path, capsys):
     text, words = RECIPES[case]
     (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
     save = tmp_path / "save"
-    status = pretrain_laver.main(["--config", str(tmp_path / "recipe.yaml"), "--save", str(save)])
+    status = train.main(["--config", str(tmp_path / "recipe.yaml"), "--save", str(save)])
     assert_refused(Refusal(status, capsys.readouterr().err, files_under(save)), words)
 
 

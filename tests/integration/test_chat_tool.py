@@ -7,8 +7,8 @@ from PIL import Image
 from sample_run import write_recipe, write_sample_data
 
 from integration.harness import Scenario, run_scenarios
+from laver_mcore.cli.chat import main
 from laver_mcore.convert.export import export_run
-from tools.chat import main
 
 TRUSTED = ("--trust-remote-code", "--model")
 

@@ -14,11 +14,11 @@ from sample_run import write_recipe, write_sample_data
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from integration.harness import Scenario, python, run_scenarios
+from laver_mcore.cli.diagnose import load
 from laver_mcore.convert.export import export_run
 from laver_mcore.diagnose.encoder import Encoder
 from laver_mcore.diagnose.page import page
 from laver_mcore.diagnose.reading import Question, read, shuffled, table
-from tools.diagnose import load
 
 BROWSER = shutil.which("chromium")
 LAYERS = [

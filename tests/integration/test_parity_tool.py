@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 from sample_run import write_recipe, write_sample_data
 
 from integration.harness import Scenario, python, run_scenarios
+from laver_mcore.cli.parity import main
 from laver_mcore.convert.export import export_run
-from tools.check_parity import main
 
 
 def check(*argv):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from sample_run import write_recipe, write_sample_data
 
+from laver_mcore.cli import inspect_checkpoint
 from laver_mcore.config.load import parse
 from laver_mcore.convert.distributed_checkpoint import CheckpointReader
 from laver_mcore.megatron import parallel, publishing
@@ -26,7 +27,6 @@ from laver_mcore.train import checkpoint, saved_weights
 from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
 from laver_mcore.train.checkpoint import Progress
 from laver_mcore.train.step import train_step
-from tools import inspect_checkpoint
 
 DATA = "these data"
 TRACKER = "latest_checkpointed_iteration.txt"

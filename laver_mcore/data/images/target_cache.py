@@ -64,9 +64,7 @@ class TargetCache:
             try:
                 found = self._find(image_key(read_image_bytes(image.source)))
                 if found is None:
-                    raise DataError(
-                        f"{image.source}: not in {self.folder}; run tools/prepare_targets.py again"
-                    )
+                    raise DataError(f"{image.source}: not in {self.folder}; run laver prepare-targets again")
                 features_InZ[position] = found
             except DataError as error:
                 failures[position] = str(error)
@@ -155,7 +153,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         if not (int(rows) > 0 and int(columns) > 0 and int(about["width"]) > 0):
             raise ValueError("grid and width must be positive")
     except OSError:
-        raise DataError(f"{folder}: no {_ABOUT} there; make a cache with tools/prepare_targets.py") from None
+        raise DataError(f"{folder}: no {_ABOUT} there; make a cache with laver prepare-targets") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / _ABOUT}: broken ({error}); make the cache again") from None
     return about

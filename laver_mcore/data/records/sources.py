@@ -146,7 +146,7 @@ def _with_images(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
 
 
 class ShardSource:
-    """Tar shards written by tools/prepare_data.py; locators are (shard, record's offset, record's bytes)."""
+    """Tar shards written by laver prepare; locators are (shard, record's offset, record's bytes)."""
 
     images_from = ""
 

@@ -73,7 +73,7 @@ class Quarantine:
     def _too_many(self, reason: str, num_bad: int, total: int) -> str:
         return (
             f"{reason} ({num_bad} of {total} samples are bad, more than max_bad_fraction="
-            f"{self._max_fraction}; clean the data with tools/prepare_data.py, or raise it)"
+            f"{self._max_fraction}; clean the data with laver prepare, or raise it)"
         )
 
     def _list(self, name: str, reason: str, write: bool) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import pretrain_laver
+from laver_mcore.cli import train
 from laver_mcore.config.checks import check_world
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import from_recipe, parse, to_yaml
@@ -126,7 +126,7 @@ def test_base_may_stand_in_another_folder(child, tmp_path):
 @pytest.mark.parametrize("flags", ["", "--lr 3.3e-05 --model qwen2.5-0.5b --num-layers 12 --save runs/x"])
 def test_print_config_reads_back(child, tmp_path, capsys, flags):
     argv = ["--config", str(child), *flags.split()]
-    assert pretrain_laver.main([*argv, "--print-config"]) == 0
+    assert train.main([*argv, "--print-config"]) == 0
     printed = capsys.readouterr().out
     (tmp_path / "printed.yaml").write_text(printed, encoding="utf-8")
     wanted, _ = parse(argv)
@@ -163,7 +163,7 @@ def test_split_of_the_rotary_bands(child, tmp_path, model, flags, wanted):
 
 def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit) as exit_:
-        pretrain_laver.main(["--help"])
+        train.main(["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     for section in yaml.safe_load(to_yaml(Config())).values():

@@ -80,7 +80,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cli": (
         "accounting",
         "config",
+        "convert",
         "data",
+        "diagnose",
+        "generate",
         "laver_kernels",
         "megatron",
         "model",
@@ -88,6 +91,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "train",
         "validation",
     ),
+    "__main__": ("cli.main",),
 }
 MEGATRON_FREE = ("accounting", "plan", "config", "shapes", "data", "objectives", "demo", "device")
 MEGATRON_FREE_MODULES = ("train.schedules", "train.metrics", "cli.console")

@@ -1,12 +1,13 @@
 """Files, tables and folders that people have: read, or refused with the first reason."""
 
 import json
-import sys
+import re
 from pathlib import Path
 
 import pytest
 from corpora import encode, picture
 
+from laver_mcore.cli import prepare
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.order import index as index_module
 from laver_mcore.data.order.index import get_index
@@ -14,7 +15,6 @@ from laver_mcore.data.records.conversation import load_records
 from laver_mcore.data.records.sources import open_source
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT / "tools"))
 JPEG = encode(picture())
 TURNS = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "1."}]
 RECORD = {"id": "x", "image": "a.jpg", "conversations": TURNS}
@@ -129,14 +129,11 @@ PREPARED = {
 
 @pytest.mark.parametrize(("records", "status", "said"), PREPARED.values(), ids=PREPARED)
 def test_preparation_of_whole_sets(records, status, said, tmp_path, capsys):
-    import re
-
-    import prepare_data
 
     (tmp_path / "a.jpg").write_bytes(JPEG)
     (tmp_path / "train.json").write_text(dump(records))
     arguments = ["--input", tmp_path / "train.json", "--format", "llava", "--output", tmp_path / "out"]
-    assert prepare_data.main([*map(str, arguments), "--workers", "1"]) == status
+    assert prepare.main([*map(str, arguments), "--workers", "1"]) == status
     out, err = capsys.readouterr()
     assert re.search(said, (err if status else out).strip())
     assert (tmp_path / "out" / "manifest.json").is_file() == (status == 0)

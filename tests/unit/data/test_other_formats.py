@@ -9,12 +9,12 @@ import tarfile
 import pytest
 from corpora import encode, picture
 
+from laver_mcore.cli import prepare
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images.decode import open_image
 from laver_mcore.data.images.source import read_image_bytes
 from laver_mcore.data.order.index import get_index
 from laver_mcore.data.records.sources import open_source
-from tools import prepare_data
 
 JPEG, PNG = encode(picture()), encode(picture(seed=1), "PNG")
 TURNS = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "1."}]
@@ -267,7 +267,7 @@ def test_both_can_be_prepared(form, tmp_path, capsys):
         "1",
         "--check",
     ]
-    assert prepare_data.main(list(map(str, arguments))) == 0
+    assert prepare.main(list(map(str, arguments))) == 0
     assert "7 samples with 7 images" in capsys.readouterr().out
     prepared = open_source(tmp_path / "out", tmp_path)
     assert all(read_image_bytes(prepared.read(locator).images[0]) == JPEG for locator in prepared.scan())

@@ -61,7 +61,7 @@ def test_an_image_that_is_not_there_is_named(tmp_path):
     write(tmp_path, (0, 1))
     found, failures = TargetCache(tmp_path)([wanted(FILES[0]), wanted(FILES[4], "b.jpg"), wanted(FILES[1])])
     assert list(failures) == [1]
-    assert failures[1].startswith("b.jpg: not in ") and "tools/prepare_targets.py" in failures[1]
+    assert failures[1].startswith("b.jpg: not in ") and "laver prepare-targets" in failures[1]
     assert not found[1].any() and found[0].any() and found[2].any()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from laver_mcore.cli.main import COMMANDS
 from laver_mcore.config.objectives import known_objectives
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -23,7 +24,7 @@ PAGES = sorted(
 )
 BLOCK = re.compile(r"^```(?:sh|bash|console)?\n(.*?)^```", re.M | re.S)
 INLINE = re.compile(
-    r"`((?:python |torchrun |make |sbatch |\.venv/bin/)[^`\n]+|(?:tools|kernels)/[\w/]+\.py [^`\n]+)`"
+    r"`((?:python |laver |torchrun |make |sbatch |\.venv/bin/)[^`\n]+|(?:tools|kernels)/[\w/]+\.py [^`\n]+)`"
 )
 FLAG = re.compile(r"^--[a-z][\w-]*")
 PROGRAM = re.compile(r"^(pretrain_laver|[\w.-]+/[\w./-]+)\.py$")  # a bare name is another project's
@@ -33,6 +34,7 @@ import contextlib, io, json, re, runpy, sys
 found = {}
 for words in sys.argv[1:]:
     program, *rest = words.split()
+    program = "laver_mcore" if program == "laver" else program
     sys.argv = [program, *rest, "--help"]
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
@@ -41,7 +43,8 @@ for words in sys.argv[1:]:
             runpy.run_path(program, run_name="__main__")
         else:
             runpy.run_module(program, run_name="__main__", alter_sys=True)
-    found.setdefault(program, []).extend(re.findall(r"--[a-z][\\w-]*", out.getvalue()))
+    name = words if program == "laver_mcore" else program
+    found.setdefault(name, []).extend(re.findall(r"--[a-z][\\w-]*", out.getvalue()))
 json.dump(found, sys.stdout)
 """
 
@@ -55,7 +58,7 @@ def commands(page: Path) -> Iterator[list[str]]:
             words = shlex.split(line, comments=True)
         except ValueError:  # prose with an apostrophe, in a block without a language
             continue
-        if words and re.match(r"^(python|torchrun|make|sbatch|\.venv/|tools/|kernels/)", words[0]):
+        if words and re.match(r"^(python|laver|torchrun|make|sbatch|\.venv/|tools/|kernels/)", words[0]):
             yield words
 
 
@@ -65,6 +68,9 @@ def programs(words: list[str]) -> Iterator[tuple[str, list[str]]]:
         before = words[index - 1] if index else ""
         if PROGRAM.match(word) and not before.startswith("--") and "tests/" not in word:
             yield word, words[index + 1 :]
+            return
+        if (index == 0 and word.rpartition("/")[2] == "laver") or (before == "-m" and word == "laver_mcore"):
+            yield f"laver {words[index + 1]}", words[index + 2 :]
             return
         if before == "-m" and word.startswith("laver_"):
             yield word, words[index + 1 :]
@@ -77,7 +83,10 @@ SHOWN = [(page, words) for page in PAGES for words in commands(page)]
 @pytest.fixture(scope="module")
 def flags() -> dict[str, list[str]]:
     wanted = sorted({program for _, words in SHOWN for program, _ in programs(words)})
+    commands_of_ours = [f"laver {name}" for name in COMMANDS]
     known = [name for name in wanted if (REPOSITORY / name).is_file() or not name.endswith(".py")]
+    known = [name for name in known if not name.startswith("laver ") or name in commands_of_ours]
+    known += ["laver train"]
     known += [
         f"pretrain_laver.py --objective {name}" for name in known_objectives()
     ]  # help is of the chosen one
@@ -85,7 +94,11 @@ def flags() -> dict[str, list[str]]:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=True)
     found = json.loads(done.stdout)
     recipe = found["pretrain_laver.py"]  # which tools that read a recipe hand on
-    return {name: own + recipe if "--config" in own else own for name, own in found.items()}
+    reads_a_recipe = {"laver plan", "laver train", "laver inspect-data", "laver prepare-targets"}
+    return {
+        name: own + recipe if "--config" in own or name in reads_a_recipe else own
+        for name, own in found.items()
+    }
 
 
 def test_there_are_commands_to_check():
@@ -123,7 +136,7 @@ def test_files_of_the_repository_exist():
 def test_modules_exist():
     for page, words in SHOWN:
         for program, _ in programs(words):
-            if not program.endswith(".py"):
+            if not program.endswith(".py") and not program.startswith("laver "):
                 assert importlib.util.find_spec(program), f"{page.name}: {program}"
 
 

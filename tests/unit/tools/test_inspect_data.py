@@ -1,31 +1,21 @@
 """The page of a step: what it holds, and that mask and grid are drawn where they belong."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 from sample_run import write_recipe, write_sample_data
 
+from laver_mcore.cli import inspect_data
 from laver_mcore.config.load import parse
 from laver_mcore.train.build import build_data, build_tokenizer
 
-ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("inspect_data", ROOT / "tools" / "inspect_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.mark.parametrize("masked", [(0, 5), (1,), (2, 3)], ids=str)
-def test_masked_tokens_are_red_and_others_are_not(tool, masked):
+def test_masked_tokens_are_red_and_others_are_not(masked):
     mask = np.isin(np.arange(6), masked)
-    picture = np.asarray(tool.draw_picture(Image.new("RGB", (60, 40), "blue"), (2, 3), mask, longest=60))
+    picture = np.asarray(
+        inspect_data.draw_picture(Image.new("RGB", (60, 40), "blue"), (2, 3), mask, longest=60)
+    )
     centres = picture[[10, 10, 10, 30, 30, 30], [10, 30, 50, 10, 30, 50]]
     assert (centres[:, 0] > 100).tolist() == mask.tolist()
 
@@ -40,18 +30,20 @@ class Letters:
         return "".join(map(chr, ids))
 
 
-def test_learned_text_is_marked_and_visual_tokens_are_counted(tool):
+def test_learned_text_is_marked_and_visual_tokens_are_counted():
     tokens = [*map(ord, "a<"), 0, 0, 0, *map(ord, "bcd")]
     labels = [-100] * 5 + [ord("c"), ord("d"), -100]  # of the next token
-    assert tool.document_html(tokens, labels, Letters()) == ("a&lt;<b>[3 visual tokens]</b>b<mark>cd</mark>")
+    assert inspect_data.document_html(tokens, labels, Letters()) == (
+        "a&lt;<b>[3 visual tokens]</b>b<mark>cd</mark>"
+    )
 
 
-def test_the_page_of_a_step_is_what_the_run_sees(tool, tmp_path):
+def test_the_page_of_a_step_is_what_the_run_sees(tmp_path):
     write_sample_data(tmp_path)
     recipe = write_recipe(tmp_path)
     output = tmp_path / "steps.html"
     argv = ["--config", str(recipe), "--skip-to", "5", "--steps", "2", "--output", str(output)]
-    assert tool.main(argv) == 0
+    assert inspect_data.main(argv) == 0
     text = output.read_text(encoding="utf-8")
     assert "Step 5 (iteration 6)" in text and "Step 6 (iteration 7)" in text and "Step 7" not in text
     assert text.count("DP 2: ") == text.count("DP 4: ") == 2
@@ -64,4 +56,4 @@ def test_the_page_of_a_step_is_what_the_run_sees(tool, tmp_path):
                 assert (
                     f"{key}, image {index}: {rows * columns // 2} of {rows * columns} tokens masked" in text
                 )
-    assert tool.main([*argv[:-1], str(output), "--data-path", "nowhere.json"]) == 1
+    assert inspect_data.main([*argv[:-1], str(output), "--data-path", "nowhere.json"]) == 1

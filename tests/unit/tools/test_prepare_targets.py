@@ -1,9 +1,7 @@
 """The cache of a frozen encoder's features: what it holds, going on after a stop, parts, and what is refused."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,24 +9,16 @@ import transformers
 from PIL import Image
 from sample_run import write_recipe, write_sample_data
 
+from laver_mcore.cli import targets
 from laver_mcore.data.images.source import LoadedImage
 from laver_mcore.data.images.target_cache import TargetCache
 from laver_mcore.data.images.wanted import WantedImage
 
-ROOT = Path(__file__).parents[3]
 SETTINGS = {
     "image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 32}, "resample": 3,
     "crop_size": {"height": 28, "width": 28}, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
     **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("prepare_targets", ROOT / "tools" / "prepare_targets.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -74,22 +64,22 @@ def oracle(run, pictures):
         return model(**processor(opened, return_tensors="pt")).last_hidden_state[:, 1:]
 
 
-def test_features_are_the_encoders_and_are_computed_once(tool, run, capsys, monkeypatch):
-    assert tool.main(arguments(run)) == 0
+def test_features_are_the_encoders_and_are_computed_once(run, capsys, monkeypatch):
+    assert targets.main(arguments(run)) == 0
     found, pictures = read(run)
     assert len(pictures) == 12
     torch.testing.assert_close(found, oracle(run, pictures).bfloat16(), rtol=2**-7, atol=2**-7)
     assert "12 images: 12 computed, 0 were there" in capsys.readouterr().out
     before = files(run)
-    monkeypatch.setattr(tool, "decode_image", None)  # nothing is even decoded again
-    assert tool.main(arguments(run)) == 0
+    monkeypatch.setattr(targets, "decode_image", None)  # nothing is even decoded again
+    assert targets.main(arguments(run)) == 0
     assert "12 images: 0 computed, 12 were there" in capsys.readouterr().out
     assert files(run) == before
 
 
-def test_what_was_stopped_goes_on(tool, run, monkeypatch, capsys):
+def test_what_was_stopped_goes_on(run, monkeypatch, capsys):
     """Nothing that was computed is lost, not even what did not fill a file."""
-    calls, encode = [], tool.Encoder.__call__
+    calls, encode = [], targets.Encoder.__call__
 
     def stop(self, images):
         calls.append(len(images))
@@ -97,20 +87,20 @@ def test_what_was_stopped_goes_on(tool, run, monkeypatch, capsys):
             raise KeyboardInterrupt
         return encode(self, images)
 
-    monkeypatch.setattr(tool.Encoder, "__call__", stop)
-    assert tool.main(arguments(run)) == 130
+    monkeypatch.setattr(targets.Encoder, "__call__", stop)
+    assert targets.main(arguments(run)) == 130
     assert "the same command goes on" in capsys.readouterr().err
-    monkeypatch.setattr(tool.Encoder, "__call__", encode)
-    assert tool.main(arguments(run)) == 0
+    monkeypatch.setattr(targets.Encoder, "__call__", encode)
+    assert targets.main(arguments(run)) == 0
     assert "12 images: 4 computed, 8 were there" in capsys.readouterr().out
     found, pictures = read(run)
     torch.testing.assert_close(found, oracle(run, pictures).bfloat16(), rtol=2**-7, atol=2**-7)
 
 
-def test_parts_fill_one_cache_and_equal_files_are_one(tool, run, capsys):
+def test_parts_fill_one_cache_and_equal_files_are_one(run, capsys):
     shutil.copy(run / "000_0.png", run / "001_0.png")
     for part in range(3):
-        assert tool.main(arguments(run, "--part", f"{part}/3")) == 0
+        assert targets.main(arguments(run, "--part", f"{part}/3")) == 0
     assert (
         sum(int(line.split(" computed")[0].split()[-1]) for line in capsys.readouterr().out.splitlines()[::2])
         == 11
@@ -119,10 +109,10 @@ def test_parts_fill_one_cache_and_equal_files_are_one(tool, run, capsys):
     read(run)
 
 
-def test_a_picture_that_cannot_be_read_is_left_out_and_named(tool, run, capsys):
+def test_a_picture_that_cannot_be_read_is_left_out_and_named(run, capsys):
     picture = run / "004_0.png"
     picture.write_bytes(picture.read_bytes()[:200])  # whose header can be read
-    assert tool.main(arguments(run)) == 0
+    assert targets.main(arguments(run)) == 0
     out, err = capsys.readouterr()
     assert "left out: " in err and "004_0.png" in err
     assert "12 images: 11 computed, 0 were there or are the same, 1 left out" in out
@@ -137,7 +127,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("more", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_done_is_one_line(tool, run, capsys, more, message):
+def test_what_cannot_be_done_is_one_line(run, capsys, more, message):
     given = [
         a
         for a in arguments(run)
@@ -145,19 +135,19 @@ def test_what_cannot_be_done_is_one_line(tool, run, capsys, more, message):
     ]
     if more[0] == "--objective":
         given = ["--config", str(run / "recipe.yaml"), "--output", str(run / "cache")]
-    assert tool.main([*given, *more]) == 2
+    assert targets.main([*given, *more]) == 2
     err = capsys.readouterr().err.strip()
     assert message in err and "\n" not in err
 
 
-def test_another_encoder_wants_another_folder(tool, run, capsys):
-    assert tool.main(arguments(run)) == 0
-    assert tool.main(arguments(run, "--target-image-size", "42")) == 2
+def test_another_encoder_wants_another_folder(run, capsys):
+    assert targets.main(arguments(run)) == 0
+    assert targets.main(arguments(run, "--target-image-size", "42")) == 2
     assert "holds pixels=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["3/3", "-1/3", "1", "a/b", "1/"])
-def test_a_part_that_is_none_is_refused(tool, run, part, capsys):
+def test_a_part_that_is_none_is_refused(run, part, capsys):
     with pytest.raises(SystemExit) as stopped:
-        tool.main(arguments(run, f"--part={part}"))
+        targets.main(arguments(run, f"--part={part}"))
     assert stopped.value.code == 2 and "is not I/N" in capsys.readouterr().err

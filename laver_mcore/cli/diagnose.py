@@ -1,0 +1,148 @@
+"""See what trained models do with pictures, any number of them side by side.
+
+    laver diagnose --model RUN HF_DIRECTORY ... --data heldout.json --output diagnosis
+
+A model is the folder of a run, exported on the way, or a directory that mcore_to_hf.py wrote. Writes index.html,
+which needs no other file, layers.csv, diagnosis.json and the pictures.
+"""
+
+import argparse
+import csv
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from laver_mcore.cli.console import refuse
+from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.flags import FlagParser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = FlagParser(__doc__)
+    add = parser.add_argument
+    add("--model", required=True, nargs="+", help="folders of runs, and exported models")
+    add(
+        "--data",
+        required=True,
+        help="LLaVA / ShareGPT JSON with one picture a dialogue; the first question of each is asked",
+    )
+    add("--image-folder", help="folder of the images; the data file's own folder where not given")
+    add("--output", default="diagnosis", help="folder to write")
+    add("--num-questions", type=int, default=32, help="at most so many dialogues")
+    add("--teacher-of", nargs="+", default=[], metavar="RUN", help="runs whose EMA teacher is shown, too")
+    add(
+        "--encoder",
+        help="vision encoder (transformers) that each layer's visual tokens are compared with (CKNNA)",
+    )
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that a given directory brings; what is exported here is our own",
+    )
+    return parser.parse_args(argv)
+
+
+def questions(arguments: argparse.Namespace) -> list[Any]:
+    """The first question of each dialogue that has one picture."""
+    from laver_mcore.data.images.decode import open_image
+    from laver_mcore.data.records.conversation import load_records
+    from laver_mcore.diagnose.reading import Question
+
+    folder = arguments.image_folder or Path(arguments.data).parent
+    found: list[Question] = []
+    for sample in load_records(arguments.data, folder):
+        turns = [turn for turn in sample.turns if turn.role != "system"]
+        if len(sample.images) == 1 and turns[0].num_images == 1 and len(found) < arguments.num_questions:
+            question = "".join(turns[0].split()).strip()
+            answer = turns[1].text.strip()
+            found.append(Question(image=open_image(sample.images[0]), question=question, answer=answer))
+    if len(found) < 2:
+        raise ConfigError(f"{arguments.data}: {len(found)} dialogue(s) with one picture; two are needed")
+    return found
+
+
+def directories(arguments: argparse.Namespace, scratch: Path) -> dict[str, tuple[Path, bool]]:
+    """Name -> (exported directory, whether its code may run)."""
+    from laver_mcore.convert.export import export_run
+
+    found: dict[str, tuple[Path, bool]] = {}
+    wanted = [(Path(path), False) for path in arguments.model]
+    wanted += [(Path(path), True) for path in arguments.teacher_of]
+    for number, (given, teacher) in enumerate(wanted):
+        name = f"{given.name}, teacher" if teacher else given.name
+        name = f"{name} {number}" if name in found else name
+        if not teacher and (given / "config.json").is_file():
+            code = json.loads((given / "config.json").read_text(encoding="utf-8")).get("auto_map")
+            if code and not arguments.trust_remote_code:
+                raise ConfigError(
+                    f"{given} brings Python code of its own; read it and give --trust-remote-code"
+                )
+            found[name] = (given, arguments.trust_remote_code)
+            continue
+        found[name] = (scratch / str(number), True)
+        export_run(given, found[name][0], teacher=teacher)
+    return found
+
+
+def load(path: Path, trust: bool) -> tuple[Any, Any]:
+    """Model and processor of a local directory, fp32."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    options: dict[str, Any] = dict(trust_remote_code=trust, local_files_only=True)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype="float32", **options)
+    return model.eval(), AutoProcessor.from_pretrained(path, **options)
+
+
+def diagnose(arguments: argparse.Namespace, scratch: Path) -> None:
+    """Read all models and write everything."""
+    from laver_mcore.diagnose import pictures, reading
+    from laver_mcore.diagnose.encoder import Encoder, alignments
+    from laver_mcore.diagnose.page import page
+
+    if arguments.encoder and not (Path(arguments.encoder) / "config.json").is_file():
+        raise ConfigError(
+            f"--encoder {arguments.encoder} has no config.json; give a directory of transformers"
+        )
+    asked = questions(arguments)
+    encoder = Encoder(arguments.encoder) if arguments.encoder else None
+    layers, accuracy, readings = {}, {}, {}
+    for name, (path, trust) in directories(arguments, scratch).items():
+        model, processor = load(path, trust)
+        readings[name] = [reading.read(model, processor, question) for question in asked]
+        layers[name] = reading.table(readings[name])
+        if encoder:
+            for row, value in zip(layers[name], alignments(encoder, asked, readings[name]), strict=True):
+                row["cknna"] = value
+        accuracy[name] = reading.accuracies(model, processor, asked, [r.grid for r in readings[name]])
+    firsts = {name: found[0] for name, found in readings.items()}
+    drawn = {
+        "Attention of the answer's first token": pictures.attention_maps(asked[0].image, firsts),
+        "Gram matrices of the last layer": pictures.gram_matrices(firsts),
+        "States of the last layer": pictures.scatter({name: found[:8] for name, found in readings.items()}),
+    }
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, png in zip(("attention.png", "gram.png", "states.png"), drawn.values(), strict=True):
+        (output / name).write_bytes(png)
+    (output / "diagnosis.json").write_text(json.dumps({"layers": layers, "accuracy": accuracy}, indent=1))
+    rows = [{"model": name, **row} for name, found in layers.items() for row in found]
+    with (output / "layers.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    (output / "index.html").write_text(page(layers, accuracy, drawn), encoding="utf-8")
+
+
+def main(argv: list[str]) -> int:
+    """Command line; returns the exit status, 2 for bad input."""
+    from laver_mcore.data.errors import DataError
+
+    arguments = parse(argv)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            diagnose(arguments, Path(scratch))
+    except (ConfigError, DataError) as error:
+        return refuse(error)
+    return 0
