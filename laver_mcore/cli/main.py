@@ -1,6 +1,6 @@
 """The `laver` command: one word for each thing that a person does, `laver train --config RECIPE`.
 
-On several processes the same words go behind torchrun: `torchrun --nproc-per-node 8 -m laver_mcore train ...`.
+On several processes: `laver train --nproc-per-node 8 ...`, or behind torchrun, `torchrun ... -m laver_mcore train ...`.
 """
 
 import functools
@@ -9,6 +9,7 @@ import sys
 from typing import NamedTuple, NoReturn
 
 from laver_mcore.cli.console import run_and_leave, silence_libraries
+from laver_mcore.cli.launch import LAUNCHED, launch, split
 
 
 class Command(NamedTuple):
@@ -54,6 +55,10 @@ def main(argv: list[str]) -> int:
         print(f"laver: error: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     sys.argv = [f"laver {name}", *rest]  # the name by which the command speaks of itself
+    if name in LAUNCHED:
+        flags, rest = split(rest)
+        if flags.nproc_per_node is not None:
+            return launch(name, flags, rest)
     return run(name, rest)
 
 

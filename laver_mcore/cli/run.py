@@ -233,6 +233,8 @@ def _train(engine: Engine, data: DialogueData, progress: Progress, validation: V
             took = timedelta(seconds=round(time.monotonic() - start))
             done = f"{stopped.iteration:,} of {config.train.train_iters:,} iterations"
             _say(f"finished {done} in {took}: {_kept(config)}", topology.is_last_rank)
+        if metrics is not None:
+            _say("\n".join(metrics.summary()), topology.is_last_rank)
     finally:
         if metrics is not None:
             metrics.close()

@@ -16,12 +16,13 @@ class FlagParser(argparse.ArgumentParser):
     `description` is a module's docstring. The error of several ranks is said once; its exit status is 2.
     """
 
-    def __init__(self, description: str | None) -> None:
+    def __init__(self, description: str | None, *, add_help: bool = True) -> None:
         super().__init__(
             prog=Path(sys.argv[0]).name,
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            add_help=add_help,
         )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]

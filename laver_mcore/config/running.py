@@ -1,6 +1,7 @@
 """What a run writes, starts from and does at its end."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ class RunConfig:
     leave with status 75, with which torchrun ends the job; 45 is a fair choice, 0 is never."""
     log_interval: int = 1
     """Iterations between metrics lines."""
+    log_format: Literal["short", "megatron"] = "short"
+    """How an iteration reads on the terminal: short and aligned with the time left, or Megatron's long line."""
     tensorboard: bool = True
     """Write DIR/tensorboard."""
     wandb_project: str | None = None
