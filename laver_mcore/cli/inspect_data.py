@@ -11,7 +11,6 @@ import io
 import itertools
 from collections.abc import Iterator, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from PIL import Image, ImageDraw
 from laver_mcore import page as html
 from laver_mcore.cli.console import refuse
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.flags import FlagParser
+from laver_mcore.config.flags import FlagParser, file_to_write
 from laver_mcore.config.load import parse
 from laver_mcore.config.schema import Config
 from laver_mcore.data.errors import DataError
@@ -176,7 +175,7 @@ def main(argv: list[str]) -> int:
     parser = FlagParser(__doc__)
     parser.add_argument("--step", "--skip-to", type=int, default=0, dest="step", help="first step, from 0")
     parser.add_argument("--steps", type=int, default=1, help="how many")
-    parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
+    parser.add_argument("--output", type=file_to_write, required=True, help="HTML file to write")
     args, rest = parser.parse_known_args(argv)
     for name, lowest in (("step", 0), ("steps", 1)):
         if getattr(args, name) < lowest:

@@ -17,7 +17,7 @@ from typing import Any
 from laver_mcore import page as html
 from laver_mcore.cli.console import refuse
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.flags import FlagParser
+from laver_mcore.config.flags import FlagParser, file_to_write
 
 Rows = list[dict[str, Any]]
 
@@ -31,7 +31,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = FlagParser(__doc__)
     parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="--save folder of a run")
     parser.add_argument(
-        "--output", type=Path, help="HTML file to write; default: report.html in the first run"
+        "--output", type=file_to_write, help="HTML file to write; default: report.html in the first run"
     )
     parser.add_argument("--no-samples", action="store_true", help="leave out what the last iteration saw")
     return parser.parse_args(argv)
