@@ -33,6 +33,7 @@ COMMANDS = {
     "parity": Command("laver_mcore.cli.parity", "compare the engine with transformers on the same weights"),
     "chat": Command("laver_mcore.cli.chat", "ask an exported model about images"),
     "answer": Command("laver_mcore.cli.answer", "answer a data file's questions with a run"),
+    "eval": Command("laver_mcore.cli.evaluate", "an exported model on benchmarks, under lmms-eval"),
     "report": Command("laver_mcore.cli.report", "a run as a page: curves, time, samples with masks"),
     "diagnose": Command("laver_mcore.cli.diagnose", "what models do with pictures, side by side, as a page"),
 }

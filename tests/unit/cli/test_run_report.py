@@ -93,5 +93,7 @@ def test_a_line_that_was_cut_off_and_data_that_are_gone_are_no_error(tmp_path):
 
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "run")
-    assert report.main([str(run), "--no-samples", "--output", str(tmp_path / "no" / "page.html")]) == 2
-    assert "cannot be written (No such file or directory)" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        report.main([str(run), "--no-samples", "--output", str(tmp_path / "no" / "page.html")])
+    assert left.value.code == 2
+    assert "page.html: its folder does not exist" in capsys.readouterr().err

@@ -78,6 +78,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plan": ("accounting", "config"),
     "demo": (),
     "diagnose": ("convert.export", "convert.reference", "page"),
+    "evaluation": (),
     "cli": (
         "accounting",
         "config",
