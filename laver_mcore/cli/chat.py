@@ -110,10 +110,7 @@ def load(path: str, device: str, *, trust: bool) -> tuple[Any, Any]:
     """Model and processor of a local directory; its own code runs where that is trusted."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     if not (Path(path) / "config.json").is_file():
         raise ValueError(
             f"{path} has no config.json; give a directory of Hugging Face, such as `laver export` writes"

@@ -133,6 +133,7 @@ def diagnose(arguments: argparse.Namespace, scratch: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     (output / "index.html").write_text(page(layers, accuracy, drawn), encoding="utf-8")
+    print(f"{output / 'index.html'}: {len(asked)} questions, {len(layers)} models")
 
 
 def main(argv: list[str]) -> int:

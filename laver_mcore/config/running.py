@@ -40,7 +40,7 @@ class RunConfig:
     """Seconds without a sign of life of a rank (stopped, frozen) after which the others name it, dump their stacks and
     leave with status 75, with which torchrun ends the job; 45 is a fair choice, 0 is never."""
     log_interval: int = 1
-    """Iterations between metrics lines."""
+    """Iterations between metrics lines; the last one of a run always has its line."""
     log_format: Literal["short", "megatron"] = "short"
     """How an iteration reads on the terminal: short and aligned with the time left, or Megatron's long line."""
     tensorboard: bool = True

@@ -202,7 +202,7 @@ def _train(
         profiler.end(iteration, exiting=exiting)
         validates = validation is not None and validation.due(iteration, exiting=exiting)
         columns, seconds = None, 0.0
-        if metrics is not None and (validates or _due(iteration, config.run.log_interval)):
+        if metrics is not None and (exiting or validates or _due(iteration, config.run.log_interval)):
             columns, seconds = interval.columns(data.take_wait_ms())
         held_out = validation(state.progress) if validation is not None and validates else {}
         if metrics is not None and columns is not None:

@@ -4,6 +4,7 @@ import io
 import shutil
 
 import pytest
+import transformers
 from PIL import Image
 from sample_decoders import random_decoder
 from sample_run import write_recipe, write_sample_data
@@ -90,6 +91,12 @@ def test_images_of_any_mode(exported, tmp_path, capsys):
         "red",
     ]
     assert main([*argv, "--max-new-tokens", "2"]) == 0
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """As in a process of its own, where `silence_libraries` comes before transformers."""
+    transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="module")
