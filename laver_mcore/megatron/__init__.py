@@ -2,6 +2,7 @@
 
 jit.py                Megatron-Core imported without torch's compiler
 cpu.py                "cuda" means "cpu" (or "meta") on a machine without CUDA
+rendezvous.py         where ranks meet, after a restart as well
 parallel.py           process groups -> Topology
 optimizer.py          Megatron's optimizer, and where it keeps fp32 masters
 versions.py           what differs between the versions of Megatron-Core that are supported

@@ -88,26 +88,13 @@ class Run:
     def __init__(self, folder: Path, recipe: Path, flags: str, iterations: int) -> None:
         self.folder = folder
         self._argv = ["--config", str(recipe), "--save", str(folder), "--load", str(folder)]
-        self._argv += [
-            "--train-iters",
-            str(iterations),
-            "--save-interval",
-            str(SAVE_INTERVAL),
-            "--keep-last",
-            "2",
-            "--no-tensorboard",
-            *flags.split(),
-        ]
+        self._argv += f"--train-iters {iterations} --save-interval {SAVE_INTERVAL} --keep-last 2".split()
+        self._argv += ["--no-tensorboard", *flags.split()]
 
-    def start(self) -> subprocess.Popen[bytes]:
-        launcher = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "pretrain_laver.py",
-        ]
+    def start(self, restarts: int = 0) -> subprocess.Popen[bytes]:
+        """The launcher, which starts its ranks anew by itself so many times."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launcher += ["--max-restarts", str(restarts), "pretrain_laver.py"]
         with self.folder.with_suffix(".log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, *launcher, *self._argv],
