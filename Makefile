@@ -117,6 +117,9 @@ aot: setup ## compile every kernel for sm_80 and sm_90, without a GPU
 bench: setup ## measure the kernels on this machine's GPU
 	@$(BIN)/python kernels/benchmarks/run.py $(BENCH_ARGS)
 
+bench-saving: setup ## measure how long training waits for a save, with and without --async-save
+	@$(BIN)/python tools/measure_saving.py $(BENCH_ARGS)
+
 bench-training: setup ## measure training: LM-only, LaVer, and the released recipe on transformers
 	@$(BIN)/python tools/benchmark_training.py $(BENCH_ARGS)
 

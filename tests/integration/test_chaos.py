@@ -21,6 +21,7 @@ def test_five_kills_lose_nothing(tmp_path):
     assert found["kills"] == found["restarts"] == 5
     assert found["mismatches"] == found["leftovers"] == 0
     assert found["most_lost"] <= found["save_interval"]
+    assert found["most_lost_beside"] <= 2 * found["save_interval"]
     assert found["kills_in_saves"] >= 1
 
 
