@@ -131,11 +131,12 @@ def wait(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> Non
 
 def kill(run: Run, process: subprocess.Popen[bytes], number: int, draw: random.Random) -> dict[str, Any]:
     """Kill one rank at a moment of one of three kinds; what was seen."""
-    moment = ("step", "save", "start")[number % 3]
+    moment, before = ("step", "save", "start")[number % 3], rows_of(run.folder)
     wait(lambda: len(ranks(process.pid)) == 2, process)
     goal = number * STEPS_PER_KILL + draw.randint(1, STEPS_PER_KILL)
     if moment == "start":
-        time.sleep(draw.uniform(0.0, 15.0))
+        later = time.monotonic() + draw.uniform(0.0, 15.0)
+        wait(lambda: time.monotonic() > later or rows_of(run.folder) != before, process)
     else:
         wait(lambda: max(rows_of(run.folder), default=0) >= goal, process)
         if moment == "save":
@@ -147,7 +148,8 @@ def kill(run: Run, process: subprocess.Popen[bytes], number: int, draw: random.R
     os.kill(victims[victim], signal.SIGKILL)
     process.wait(timeout=PATIENCE)
     rows = rows_of(run.folder)
-    lost = max(0, max(rows, default=0) - saved(run.folder))
+    # What was lost by the kill before is not lost once more where this run had not come to its first step.
+    lost = 0 if rows == before else max(0, max(rows, default=0) - saved(run.folder))
     return {"moment": moment, "rank": victim, "in_save": in_save, "lost": lost, "rows": rows}
 
 
