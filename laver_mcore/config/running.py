@@ -24,6 +24,8 @@ class RunConfig:
     """LoRA: checkpoints hold the decoder's frozen weights as well, which are those that the run starts from."""
     save_interval: int | None = None
     """Iterations between checkpoints; one is always written at the end."""
+    async_save: bool = False
+    """Go on training while a checkpoint is written; the next save, and the end, wait for it."""
     keep_last: int | None = None
     """Keep so many of the newest checkpoints and delete older ones; all by default."""
     keep_every: int | None = None
