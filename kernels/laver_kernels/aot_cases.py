@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from laver_kernels.configs import SHARED_MEMORY_BYTES, Tile, attention_tile, gram_tile, padded
+from laver_kernels.configs import TILES_OF, Tile, attention_tile, gram_tile, padded
 from laver_kernels.ema.kernels import ema_step
 from laver_kernels.gram.kernels import gram_backward, gram_forward, inverse_norms
 from laver_kernels.latent_cross_entropy.kernels import latent_cross_entropy_rows
@@ -150,17 +150,17 @@ def elementwise_cases(arch: str) -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Every configuration of `configs.py`; head dimension 80 stands for the padded ones."""
+    """Every configuration of `configs.py`; head dimension 80 stands for the padded ones.
+
+    Of an architecture that takes the tiles of another, the matrix kernels alone.
+    """
     cases = []
-    for arch in SHARED_MEMORY_BYTES:
+    for arch in ("sm_80", "sm_90"):
         for kernel in ("forward", "dq", "dkdv"):
             cases += [attention_case(arch, kernel, head_dim) for head_dim in (64, 80, 128)]
         cases += rotation_cases(arch) + gram_cases(arch) + elementwise_cases(arch)
+    for arch, other in TILES_OF.items():
+        borrowed = [attention_case(other, kernel, 128) for kernel in ("forward", "dq", "dkdv")]
+        borrowed += [case for case in gram_cases(other) if case.is_matmul]
+        cases += [dataclasses.replace(case, arch=arch) for case in borrowed]
     return cases
-
-
-def with_tile(case: Case, **change: int) -> Case:
-    """The same kernel under another tile, for exploring by hand."""
-    tile = dataclasses.replace(case.tile, **change)
-    constants = case.constants | {"ROWS": tile.rows, "COLUMNS": tile.columns}
-    return dataclasses.replace(case, tile=tile, constants=constants)
