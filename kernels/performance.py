@@ -22,6 +22,7 @@ LEAST_SHARE = {
     ("attention dq d128", "sm_80"): 0.68,
     ("attention dkdv d128", "sm_80"): 0.62,
     ("attention forward d128", "sm_90"): 0.57,
+    ("attention forward specialised d128", "sm_90"): 0.58,
     ("attention dq d128", "sm_90"): 0.74,
     ("attention dkdv d128", "sm_90"): 0.66,
     ("gram forward", "sm_80"): 0.54,

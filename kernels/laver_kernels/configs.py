@@ -53,6 +53,8 @@ ATTENTION = {
 }
 # fp32 runs on CUDA cores in full precision (a test and debugging path): small tiles that fit everywhere.
 ATTENTION_FP32 = Tile(rows=32, columns=32, num_warps=4, num_stages=1)
+# The warp-specialised forward of sm_90, head dimension 128: Triton makes two consumers of four warps each.
+SPECIALISED_TILE = Tile(rows=128, columns=128, num_warps=4, num_stages=2)
 ATTENTION_INTERPRETER = Tile(rows=32, columns=32)
 
 GRAM = {

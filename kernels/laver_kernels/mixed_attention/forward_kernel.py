@@ -22,6 +22,20 @@ def fold(acc, row_sum, row_max, score, v, scale_log2, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def finish(
+    acc, row_sum, row_max, out, lse, row_start, row, is_real, column, column_ok, stride_ot, ROWS: tl.constexpr
+):
+    """Divides by the sums and stores a tile of the output and of the log-sum-exps in base 2."""
+    has_keys = row_sum > 0
+    divisor = tl.where(has_keys, row_sum, 1.0)
+    out += tl.cast(row_start, tl.int64) * stride_ot
+    offset = tl.arange(0, ROWS)[:, None] * stride_ot + column[None, :]
+    ok = is_real[:, None] & column_ok[None, :]
+    tl.store(out + offset, (acc / divisor[:, None]).to(out.dtype.element_ty), mask=ok)
+    tl.store(lse + row, tl.where(has_keys, row_max + tl.log2(divisor), float("inf")), mask=is_real)
+
+
+@triton.jit
 def _attend_keys(
     acc, row_sum, row_max, q, middle, reach, K, V, stride_kt, stride_vt, scale_log2, num_tokens, start, end,
     COLUMNS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
@@ -88,11 +102,7 @@ def attention_forward(
         full_to, end, COLUMNS, HALF, HALF_PAD, True, False, PRECISION,
     )  # fmt: skip
 
-    has_keys = row_sum > 0
-    divisor = tl.where(has_keys, row_sum, 1.0)
-    out = OUT + tl.cast(row_start, tl.int64) * stride_ot + head * (2 * HALF)
-    out_ok = is_real[:, None] & column_ok[None, :]
-    out_offset = row_in_tile[:, None] * stride_ot + column[None, :]
-    tl.store(out + out_offset, (acc / divisor[:, None]).to(OUT.dtype.element_ty), mask=out_ok)
-    lse = tl.where(has_keys, row_max + tl.log2(divisor), float("inf"))
-    tl.store(LSE + tl.cast(head, tl.int64) * num_tokens + row, lse, mask=is_real)
+    finish(
+        acc, row_sum, row_max, OUT + head * (2 * HALF), LSE + tl.cast(head, tl.int64) * num_tokens, row_start, row,
+        is_real, column, column_ok, stride_ot, ROWS,
+    )  # fmt: skip
