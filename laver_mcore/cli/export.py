@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
     from laver_mcore.convert.decoder import DTYPES
     from laver_mcore.convert.export import export_run
     from laver_mcore.convert.llava import SERVERS
+    from laver_mcore.data.errors import DataError
 
     try:
         differs = export_run(
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
             adapter=args.adapter,
             form=args.form,
         )
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         return refuse(error)
     print(f"{args.save}: written from {args.load}")
     if differs:

@@ -32,7 +32,8 @@ from laver_mcore.convert.safetensors_directory import TensorToWrite, read_json, 
 from laver_mcore.convert.tokenizer_export import export_tokenizer
 from laver_mcore.data.images.native import native_settings_of
 from laver_mcore.data.images.processors import FixedImageProcessor
-from laver_mcore.data.sequence.tokenizer import VISION_TOKENS, Tokenizer
+from laver_mcore.data.sequence.tokenizer import VISION_TOKENS, Tokenizer, load_tokenizer
+from laver_mcore.megatron.checkpoints import check_tokenizer
 from laver_mcore.model.vision_encoders import read_config, read_patch_size
 
 Form = Literal["laver", "llava"]
@@ -64,6 +65,8 @@ def export_run(
         with written_whole(Path(save)) as folder:
             write_adapter(config, reader, folder, dtype=dtype, teacher=teacher)
         return []
+    if tokenizer:
+        _check_tokenizer(config, reader, tokenizer)
     if decoder_only or not config.vision.has_images:
         export_decoder(load, save, dtype=dtype, teacher=teacher, companions=tokenizer)
         return []
@@ -78,6 +81,7 @@ def export_run(
     tensors = llava.tensors_of(tensors, visual) if form == "llava" else tensors + visual
     source = tokenizer or config.data.tokenizer_model
     assert source is not None
+    _check_tokenizer(config, reader, source)
     with written_whole(Path(save)) as folder:
         engine_tokenizer = export_tokenizer(
             source,
@@ -121,6 +125,14 @@ def _llava_files(
             read_patch_size(config.vision.vision_path), config, VISION_TOKENS["image_pad"]
         ),
     }
+
+
+def _check_tokenizer(config: Config, reader: CheckpointReader, source: str | Path) -> None:
+    """Refuse a tokenizer of other content than the run was trained with."""
+    if "tokenizer" not in reader.common:
+        return
+    found = load_tokenizer(source, *chat_templates(config.model.family, config.data.chat_template))
+    check_tokenizer(reader.folder, reader.common, source, found.fingerprint())
 
 
 def _check_supported(config: Config) -> None:

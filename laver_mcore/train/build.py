@@ -230,7 +230,9 @@ def _wrap(config: Config, chunks: list[VisionLanguageModel]) -> list[Distributed
     return models
 
 
-def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[Engine, BuildReport]:
+def build_engine(
+    config: Config, topology: Topology, vocab_size: int, tokenizer: Tokenizer | None = None
+) -> tuple[Engine, BuildReport]:
     """Model, optimizer and teacher of this rank; weights random, of `pretrained_checkpoint`, or of `hf_path`."""
     config = with_kernels(config, topology.device)
     chunks = build_chunks(config, topology, vocab_size)
@@ -250,6 +252,7 @@ def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[E
         models=list(models),
         optimizer=optimizer,
         objective=objective,
+        tokenizer_digest=None if tokenizer is None else tokenizer.fingerprint(),
         geometry=attention_geometry(config),
         vocab_size=vocab_size,
     )
