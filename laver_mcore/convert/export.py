@@ -34,7 +34,7 @@ from laver_mcore.data.images.native import native_settings_of
 from laver_mcore.data.images.processors import FixedImageProcessor
 from laver_mcore.data.sequence.tokenizer import VISION_TOKENS, Tokenizer, load_tokenizer
 from laver_mcore.megatron.checkpoints import check_tokenizer
-from laver_mcore.model.vision_encoders import read_config, read_patch_size
+from laver_mcore.model.vision_encoders import read_config, read_patch_size, read_sizes
 
 Form = Literal["laver", "llava"]
 HUB = Path(__file__).parent / "hub"
@@ -162,7 +162,7 @@ def _grid(config: Config) -> list[int] | None:
     if vision.is_native:
         return None
     assert vision.vision_path is not None
-    processor = FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
+    processor = FixedImageProcessor(vision.vision_path, **read_sizes(vision.vision_path))
     return list(processor.grid(0, 0))
 
 

@@ -35,7 +35,7 @@ from laver_mcore.model.inputs import AttentionGeometry
 from laver_mcore.model.layer_spec import transformer_config
 from laver_mcore.model.network import Network
 from laver_mcore.model.parameters import freeze, training_of, unwrap
-from laver_mcore.model.vision_encoders import read_patch_size
+from laver_mcore.model.vision_encoders import read_sizes
 from laver_mcore.model.vision_language import VisionLanguageModel
 from laver_mcore.objectives.objective import Parts
 from laver_mcore.shapes.frozen import input_side
@@ -75,7 +75,7 @@ def build_image_processor(config: Config) -> ImageProcessor | None:
             min_pixels=vision.min_pixels,
             max_pixels=vision.max_pixels,
         )
-    return FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
+    return FixedImageProcessor(vision.vision_path, **read_sizes(vision.vision_path))
 
 
 def build_targets(config: Config, tower: ImageProcessor | None) -> TargetSource | None:
