@@ -178,7 +178,7 @@ def train_run(config: Config, device: torch.device) -> Engine:
     data = build_data(config, tokenizer, device)
     held_out = build_held_out(config, tokenizer, device)
     topology = parallel.build_topology(config.parallel, device)
-    engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer))
+    engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer), tokenizer)
     validation = None if held_out is None else held_out.validator(engine, data.fingerprint())
     progress = _resume(engine, config, data.fingerprint())
     progress = skip_ahead(progress, config)

@@ -22,7 +22,13 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from laver_mcore.config.schema import Config
-from laver_mcore.megatron.checkpoints import CheckpointError, checkpoint_folder, identity
+from laver_mcore.megatron.checkpoints import (
+    CheckpointError,
+    check_tokenizer,
+    checkpoint_folder,
+    identity,
+    tokenizer_identity,
+)
 from laver_mcore.megatron.optimizer import allocate_state, coalesced_offsets, load_state
 from laver_mcore.megatron.publishing import Write, check_finite, check_space, writing
 from laver_mcore.megatron.unpickling import reading
@@ -163,6 +169,7 @@ def begin_save(engine: Engine, directory: str | Path, progress: Progress, data_f
         "identity": identity(engine.config, engine.vocab_size),
         "without_frozen": _without_frozen(engine.config),
         "data": data_fingerprint,
+        "tokenizer": tokenizer_identity(engine.config, engine.tokenizer_digest),
     }
     check_finite(engine.chunks)
     check_space(state, aside)
@@ -174,6 +181,7 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
     folder, common = open_newest(
         directory, identity(engine.config, engine.vocab_size), verify=engine.config.run.verify_checkpoint
     )
+    check_tokenizer(folder, common, engine.config.data.tokenizer_model, engine.tokenizer_digest)
     if common["data"] != data_fingerprint:
         raise CheckpointError(
             f"{folder} was trained on other data (records, tokenizer, seed or lengths changed); to start anew from its "
