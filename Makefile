@@ -27,6 +27,7 @@ TORCH ?= 'torch>=2.11'
 endif
 TORCH_PIP_ARGS ?=
 DEMO_ARGS ?=
+ABLATION_ARGS ?=
 TEST_ARGS ?=
 MUTANTS_ARGS ?=
 BENCH_ARGS ?=
@@ -51,6 +52,9 @@ setup-data: setup $(STAMPS)/data ## the same with DALI, pyarrow and webdataset (
 demo: setup ## prepare the data, train with and without LaVer, evaluate, write runs/demo/report.md
 	@$(BIN)/python tools/run_demo.py $(DEMO_ARGS)
 
+ablation: setup ## what each part of the method does, over seeds and tasks; writes runs/ablation/summary.json
+	@$(BIN)/python tools/reproduce_ablation.py $(ABLATION_ARGS)
+
 # Two workers, a whole file each: the files that start process groups wait for each other's ranks most of the time.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -61,7 +65,7 @@ test-fast: setup ## those that answer within two minutes: no process groups, not
 	@$(PYTEST) -q --ignore tests/integration --ignore tests/gpu -m 'not slow' $(TEST_ARGS)
 
 test-long: setup ## the tests that take minutes each: kills at random moments, the first hour rehearsed
-	@LAVER_LONG=1 $(BIN)/python -m pytest -k 'five_kills or rehearsal or silent_rank or trains_and_is_exported or trains_under_layouts or lies_elsewhere or sigterm_saves or (diagnose and command_line)' $(TEST_ARGS)
+	@LAVER_LONG=1 $(BIN)/python -m pytest -k 'five_kills or rehearsal or silent_rank or trains_and_is_exported or trains_under_layouts or lies_elsewhere or sigterm_saves or (diagnose and command_line) or toy_ablation' $(TEST_ARGS)
 
 test-all: setup-data $(STAMPS)/test-all ## the tests, with every library that some of them need
 	@$(PYTEST) $(TEST_ARGS)
