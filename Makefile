@@ -65,7 +65,7 @@ test-fast: setup ## those that answer within two minutes: no process groups, not
 	@$(PYTEST) -q --ignore tests/integration --ignore tests/gpu -m 'not slow' $(TEST_ARGS)
 
 test-long: setup ## the tests that take minutes each: kills at random moments, the first hour rehearsed
-	@LAVER_LONG=1 $(BIN)/python -m pytest -k 'five_kills or rehearsal or silent_rank or trains_and_is_exported or trains_under_layouts or lies_elsewhere or sigterm_saves or (diagnose and command_line) or toy_ablation' $(TEST_ARGS)
+	@LAVER_LONG=1 $(BIN)/python -m pytest -m long $(TEST_ARGS)
 
 test-all: setup-data $(STAMPS)/test-all ## the tests, with every library that some of them need
 	@$(PYTEST) $(TEST_ARGS)
@@ -115,11 +115,14 @@ docs: setup $(STAMPS)/docs ## the documentation as a site, in build/site; a brok
 docs-serve: setup $(STAMPS)/docs ## the same in the browser, rebuilt while you write
 	@$(MKDOCS) serve
 
-aot: setup ## compile every kernel for sm_80 and sm_90, without a GPU
+aot: setup ## compile every kernel and model its speed, without a GPU
 	@$(BIN)/python kernels/aot.py
 
 bench: setup ## measure the kernels on this machine's GPU
 	@$(BIN)/python kernels/benchmarks/run.py $(BENCH_ARGS)
+
+bench-saving: setup ## measure how long training waits for a save, with and without --async-save
+	@$(BIN)/python tools/measure_saving.py $(BENCH_ARGS)
 
 bench-training: setup ## measure training: LM-only, LaVer, and the released recipe on transformers
 	@$(BIN)/python tools/benchmark_training.py $(BENCH_ARGS)

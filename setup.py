@@ -39,7 +39,10 @@ setup(
         "tensorboard>=2.18",
         "tqdm>=4.66",
     ],
-    entry_points={"console_scripts": ["laver = laver_mcore.cli.main:laver"]},
+    entry_points={
+        "console_scripts": ["laver = laver_mcore.cli.main:laver"],
+        "lmms_eval.models": ["laver = laver_mcore.evaluation.lmms_adapter:model_manifest"],
+    },
     extras_require={
         "demo": ["scikit-learn>=1.6", "scikit-image>=0.25", "matplotlib>=3.10"],
         "data": ["nvidia-dali-cuda130==2.4.0", "pyarrow>=26.0"],

@@ -1,7 +1,5 @@
-"""Tests that take minutes: left out unless LAVER_LONG is set, as `make test-long` does."""
-
-import os
+"""The mark of tests that take minutes: `make test` leaves them out (`not_run.py`), `make test-long` runs them alone."""
 
 import pytest
 
-LONG = pytest.mark.skipif("LAVER_LONG" not in os.environ, reason="minutes of them; `make test-long`")
+LONG = pytest.mark.long

@@ -1,5 +1,6 @@
 """What a run of the tests left out, a line for each group with the command that runs it; and which tests are slow."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -121,6 +122,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if slow(item.nodeid):
             item.add_marker("slow")
+        if item.get_closest_marker("long") and "LAVER_LONG" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="minutes of them; `make test-long`"))
 
 
 # A file that cannot run at all is skipped while it is collected. Under pytest-xdist only the workers see that, and

@@ -11,6 +11,7 @@ from torch import nn
 
 from laver_kernels import ema_update_, gram_loss
 
+IMPL = "reference"  # on a CPU; "auto" takes Triton's kernels where there is a GPU
 PATCHES = (49, 36, 64)  # images of different sizes, after one another
 
 
@@ -29,14 +30,14 @@ def main(steps: int = 30) -> list[float]:
     for _ in range(steps):
         with torch.no_grad():
             target = teacher(pixels)
-        loss = gram_loss(student(pixels), target, PATCHES, clip=False) / len(PATCHES)
+        loss = gram_loss(student(pixels), target, PATCHES, clip=False, impl=IMPL) / len(PATCHES)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
         with torch.no_grad():
             for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
-                ema_update_(slow.data, fast.data, 0.999)
+                ema_update_(slow.data, fast.data, 0.999, impl=IMPL)
     print(f"Gram loss {losses[0]:.4f} -> {losses[-1]:.4f}")
     return losses
 

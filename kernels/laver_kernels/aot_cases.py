@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from laver_kernels.configs import SHARED_MEMORY_BYTES, Tile, attention_tile, gram_tile, padded
+from laver_kernels.configs import SPECIALISED_TILE, TILES_OF, Tile, attention_tile, gram_tile, padded
 from laver_kernels.ema.kernels import ema_step
 from laver_kernels.gram.kernels import gram_backward, gram_forward, inverse_norms
 from laver_kernels.latent_cross_entropy.kernels import latent_cross_entropy_rows
@@ -14,6 +14,7 @@ from laver_kernels.linear_cross_entropy.kernels import logit_gradient, logit_sta
 from laver_kernels.mixed_attention.backward_kernels import attention_backward_dkdv, attention_backward_dq
 from laver_kernels.mixed_attention.forward_kernel import attention_forward
 from laver_kernels.mixed_attention.rotation_kernels import combine_partials, rotate_queries_and_keys
+from laver_kernels.mixed_attention.specialised_kernel import attention_forward_specialised
 
 UNSPECIALIZED = {"num_keys"}  # one kernel serves every value
 TRITON_STAGES = 3  # Triton's default, where a launch names none
@@ -77,6 +78,19 @@ def attention_case(arch: str, kernel: str, head_dim: int, tile: Tile | None = No
         function = attention_backward_dkdv
         constants["HEADS_EACH"] = 1
     return make_case(f"attention {kernel} d{head_dim}", arch, function, types, constants, tile)
+
+
+def specialised_case() -> Case:
+    """The warp-specialised forward, for sm_90 alone."""
+    tile, plain = SPECIALISED_TILE, attention_case("sm_90", "forward", 128)
+    return dataclasses.replace(
+        plain,
+        name="attention forward specialised d128",
+        kernel=attention_forward_specialised,
+        constants={name: plain.constants[name] for name in ("GROUP", "HALF", "PRECISION")}
+        | {"ROWS": tile.rows, "COLUMNS": tile.columns},
+        tile=tile,
+    )
 
 
 def rotation_cases(arch: str) -> list[Case]:
@@ -150,17 +164,19 @@ def elementwise_cases(arch: str) -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Every configuration of `configs.py`; head dimension 80 stands for the padded ones."""
+    """Every configuration of `configs.py`; head dimension 80 stands for the padded ones.
+
+    Of an architecture that takes the tiles of another, the matrix kernels alone.
+    """
     cases = []
-    for arch in SHARED_MEMORY_BYTES:
+    for arch in ("sm_80", "sm_90"):
         for kernel in ("forward", "dq", "dkdv"):
             cases += [attention_case(arch, kernel, head_dim) for head_dim in (64, 80, 128)]
+        if arch == "sm_90":
+            cases.append(specialised_case())
         cases += rotation_cases(arch) + gram_cases(arch) + elementwise_cases(arch)
+    for arch, other in TILES_OF.items():
+        borrowed = [attention_case(other, kernel, 128) for kernel in ("forward", "dq", "dkdv")]
+        borrowed += [case for case in gram_cases(other) if case.is_matmul]
+        cases += [dataclasses.replace(case, arch=arch) for case in borrowed]
     return cases
-
-
-def with_tile(case: Case, **change: int) -> Case:
-    """The same kernel under another tile, for exploring by hand."""
-    tile = dataclasses.replace(case.tile, **change)
-    constants = case.constants | {"ROWS": tile.rows, "COLUMNS": tile.columns}
-    return dataclasses.replace(case, tile=tile, constants=constants)

@@ -1,6 +1,8 @@
 """What every Triton launch needs: the right device, precision and dtypes."""
 
 import contextlib
+import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,6 +82,22 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+@functools.cache
+def specialises(device: torch.device) -> bool:
+    """Whether warp-specialised kernels run: sm_90, a Triton whose machine code for them was read, not switched off."""
+    if device.type != "cuda" or os.environ.get("LAVER_WARP_SPECIALISE") == "0":
+        return False
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return torch.cuda.get_device_capability(device) == (9, 0) and (3, 6) <= version <= (3, 9)
+
+
+def descriptor_memory(size: int, alignment: int, stream: int | None) -> Tensor:
+    """What Triton asks for where a kernel makes tensor descriptors; fresh memory of the current device is aligned."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def dot_precision(dtype: torch.dtype) -> str:

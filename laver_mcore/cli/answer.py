@@ -95,6 +95,10 @@ def evaluate(arguments: argparse.Namespace, configs: list[Config]) -> None:
             path = Path(arguments.output) if single else Path(folder) / arguments.output
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            right = sum(row["answer"].strip() == row["expected"].strip() for row in rows)
+            print(
+                f"{path}: {len(rows):,} answers, {right:,} of them ({right / len(rows):.1%}) word for word as expected"
+            )
     parallel.shut_down()
 
 

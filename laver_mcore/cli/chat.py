@@ -1,8 +1,8 @@
 """Ask an exported model about images, in the terminal: `laver chat --model DIR --image FILE --prompt TEXT`.
 
 The answer is streamed. --image may be given several times; without --prompt a conversation is read line by
-line until an empty line or end of input. DIR is what `laver export` wrote (or any Hugging Face text model
-without images); its own code runs, so use directories that you trust.
+line until an empty line or end of input. DIR is what `laver export` wrote, or any model of transformers with or
+without images; code that a directory brings runs with --trust-remote-code alone.
 """
 
 import argparse
@@ -13,6 +13,8 @@ from typing import Any
 
 from laver_mcore.cli.console import refuse
 from laver_mcore.config.flags import FlagParser
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -43,17 +45,32 @@ def main(argv: list[str]) -> int:
     try:
         images = [open_image(path) for path in args.image]
         model, processor = load(args.model, args.device, trust=args.trust_remote_code)
+        if images and not hasattr(processor, "tokenizer"):
+            raise ValueError(f"{args.model} is a text model, which takes no --image")
     except (OSError, ValueError) as error:
         return refuse(str(error).splitlines()[0])
     messages: list[dict[str, Any]] = []
     while (question := ask(args.prompt, first=not messages)) is not None:
         if found := special_in(question, processor):
             return refuse(f"the question holds {found}, a special token; leave it out")
-        parts = [{"type": "image"} for _ in images] if not messages else []
-        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
-        answer = stream(model, processor, messages, images, args)
+        messages.append(
+            {"role": "user", "content": asked(question, len(images) if not messages else 0, processor)}
+        )
+        try:
+            answer = stream(model, processor, messages, images, args)
+        except (
+            ValueError
+        ) as error:  # a tokenizer without a template, pictures that a processor has no place for
+            return refuse(str(error).splitlines()[0])
         messages.append({"role": "assistant", "content": answer})
     return 0
+
+
+def asked(question: str, num_images: int, processor: Any) -> Any:
+    """A question as the model's template takes it: parts for a processor, a string for the template of a text model."""
+    if not hasattr(processor, "tokenizer"):
+        return question
+    return [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": question}]
 
 
 def ask(prompt: str | None, *, first: bool) -> str | None:
@@ -92,20 +109,26 @@ def open_image(path: str) -> Any:
 def load(path: str, device: str, *, trust: bool) -> tuple[Any, Any]:
     """Model and processor of a local directory; its own code runs where that is trusted."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoProcessor
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{path} has no config.json; give a directory that `laver export` wrote")
-    if not trust and "auto_map" in json.loads((Path(path) / "config.json").read_text(encoding="utf-8")):
+        raise ValueError(
+            f"{path} has no config.json; give a directory of Hugging Face, such as `laver export` writes"
+        )
+    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    if not trust and "auto_map" in config:
         raise ValueError(f"{path} brings Python code of its own; read it and give --trust-remote-code")
+    if not any(
+        (Path(path) / name).is_file() for name in _TOKENIZERS
+    ):  # transformers would make up an empty one
+        raise ValueError(
+            f"{path} has no tokenizer ({', '.join(_TOKENIZERS)}); put the model's own beside its weights"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", trust_remote_code=trust, local_files_only=True
-    )
+    sees = "vision_config" in config or "auto_map" in config
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = kind.from_pretrained(path, dtype="auto", trust_remote_code=trust, local_files_only=True)
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust, local_files_only=True)
     return model.to(device).eval(), processor
 
@@ -119,10 +142,9 @@ def stream(
     tokenizer = getattr(processor, "tokenizer", processor)
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     if images:
-        inputs = processor(text=text, images=images, return_tensors="pt")
+        inputs = processor(text=text, images=images, return_tensors="pt").to(model.device, dtype=model.dtype)
     else:
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    inputs = inputs.to(model.device)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
     sampling = (
         dict(do_sample=True, temperature=args.temperature) if args.temperature > 0 else dict(do_sample=False)
     )

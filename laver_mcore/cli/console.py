@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -12,9 +13,15 @@ from typing import NoReturn
 
 
 def silence_libraries() -> None:
-    """Drop what libraries warn of, unless Python was told otherwise (`python -W default`): none of it is a user's."""
+    """Drop what libraries warn of, unless Python was told otherwise (`python -W default`): none of it is a user's.
+
+    Before they are imported, here and in the processes that are started from here.
+    """
     if not sys.warnoptions:
         warnings.filterwarnings("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of loading weights as well
+        logging.getLogger("laver_kernels").setLevel(logging.ERROR)  # a run says itself which kernels it uses
 
 
 def program() -> str:

@@ -5,7 +5,7 @@ result loads under any parallel layout: `laver train --pretrained-checkpoint DIR
 """
 
 from laver_mcore.cli.console import refuse
-from laver_mcore.config.flags import FlagParser
+from laver_mcore.config.flags import FlagParser, folder_to_write
 
 
 def main(argv: list[str]) -> int:
@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
         required=True,
         help="Hugging Face directory of a text model: Qwen2.5, Qwen3, Llama, Vicuna",
     )
-    parser.add_argument("--save", required=True, help="folder to create")
+    parser.add_argument("--save", type=folder_to_write, required=True, help="folder to create")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="cast to this; default: as stored")
     parser.add_argument("--allow-pickle", action="store_true", help="accept pytorch_model.bin")
     args = parser.parse_args(argv)

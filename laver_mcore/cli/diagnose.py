@@ -15,7 +15,7 @@ from typing import Any
 
 from laver_mcore.cli.console import refuse
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.flags import FlagParser
+from laver_mcore.config.flags import FlagParser, folder_to_write
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -29,7 +29,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="LLaVA / ShareGPT JSON with one picture a dialogue; the first question of each is asked",
     )
     add("--image-folder", help="folder of the images; the data file's own folder where not given")
-    add("--output", default="diagnosis", help="folder to write")
+    add("--output", type=folder_to_write, default=Path("diagnosis"), help="folder to write")
     add("--num-questions", type=int, default=32, help="at most so many dialogues")
     add("--teacher-of", nargs="+", default=[], metavar="RUN", help="runs whose EMA teacher is shown, too")
     add(
@@ -122,7 +122,7 @@ def diagnose(arguments: argparse.Namespace, scratch: Path) -> None:
         "Gram matrices of the last layer": pictures.gram_matrices(firsts),
         "States of the last layer": pictures.scatter({name: found[:8] for name, found in readings.items()}),
     }
-    output = Path(arguments.output)
+    output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     for name, png in zip(("attention.png", "gram.png", "states.png"), drawn.values(), strict=True):
         (output / name).write_bytes(png)
@@ -133,6 +133,7 @@ def diagnose(arguments: argparse.Namespace, scratch: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     (output / "index.html").write_text(page(layers, accuracy, drawn), encoding="utf-8")
+    print(f"{output / 'index.html'}: {len(asked)} questions, {len(layers)} models")
 
 
 def main(argv: list[str]) -> int:

@@ -15,7 +15,7 @@ from laver_mcore.accounting.memory import rank_memory
 from laver_mcore.accounting.tables import in_units, memory_table
 from laver_mcore.accounting.typical import typical_mix, typical_work
 from laver_mcore.cli.assets import how_to_get, missing
-from laver_mcore.cli.run import check_save_folder
+from laver_mcore.cli.run import check_save_folder, passes
 from laver_mcore.config.checks import check_world
 from laver_mcore.config.presets import model_name
 from laver_mcore.config.schema import Config, ParallelConfig
@@ -112,6 +112,7 @@ def dry_run(config: Config) -> int:
     print(
         f"{model_name(config.model)}: {len(data.samples):,} dialogues, {data.rows_per_epoch(0):,} packed rows an epoch"
     )
+    print(passes(config.train, data))
     print(_layout_line(sizes, dp_size))
     print()
     print(format_trainable(table))

@@ -6,14 +6,14 @@ a block of a tensor at a time.
 """
 
 from laver_mcore.cli.console import refuse
-from laver_mcore.config.flags import FlagParser
+from laver_mcore.config.flags import FlagParser, folder_to_write
 
 
 def main(argv: list[str]) -> int:
     """Returns the exit status: 0, or 2 for input that cannot be converted."""
     parser = FlagParser(__doc__)
     parser.add_argument("--load", required=True, help="folder of a run, or of a converted checkpoint")
-    parser.add_argument("--save", required=True, help="folder to create")
+    parser.add_argument("--save", type=folder_to_write, required=True, help="folder to create")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="cast to this; default: as stored")
     parser.add_argument("--teacher", action="store_true", help="the EMA weights instead of the student's")
     parser.add_argument("--adapter", action="store_true", help="LoRA's adapters alone, as a peft directory")
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
     from laver_mcore.convert.decoder import DTYPES
     from laver_mcore.convert.export import export_run
     from laver_mcore.convert.llava import SERVERS
+    from laver_mcore.data.errors import DataError
 
     try:
         differs = export_run(
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
             adapter=args.adapter,
             form=args.form,
         )
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         return refuse(error)
     print(f"{args.save}: written from {args.load}")
     if differs:

@@ -7,19 +7,19 @@ Everything is recomputed from the recipe: step k is a pure function of the seed,
 Further arguments are those of `laver train` and win over the recipe.
 """
 
-import base64
-import html
 import io
+import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from html import escape
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from laver_mcore import page as html
 from laver_mcore.cli.console import refuse
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.flags import FlagParser
+from laver_mcore.config.flags import FlagParser, file_to_write
 from laver_mcore.config.load import parse
 from laver_mcore.config.schema import Config
 from laver_mcore.data.errors import DataError
@@ -31,11 +31,6 @@ from laver_mcore.data.sequence.prompt import IGNORE
 from laver_mcore.data.sequence.tokenizer import Tokenizer
 from laver_mcore.data.serve.loader import DialogueData
 from laver_mcore.train.build import build_data, build_image_processor, build_tokenizer
-
-_STYLE = """body{font:14px sans-serif;max-width:1100px;margin:2em auto}
-pre{white-space:pre-wrap;background:#f4f4f4;padding:.6em}mark{background:#b6e3b6}
-.bar{height:14px;background:#ddd}.bar div{height:14px;background:#4a7;float:left;border-right:1px solid #fff;
-box-sizing:border-box}img{margin:4px;border:1px solid #888}"""
 
 
 def draw_picture(
@@ -71,7 +66,7 @@ def document_html(tokens: Sequence[int], labels: Sequence[int], tokenizer: Token
         if run and kind == "image":
             parts.append(f"<b>[{len(run)} visual tokens]</b>")
         elif run:
-            text = html.escape(tokenizer.decode(run, skip_special_tokens=False))
+            text = escape(tokenizer.decode(run, skip_special_tokens=False))
             parts.append(f"<mark>{text}</mark>" if kind == "learned" else text)
         run.clear()
 
@@ -92,15 +87,15 @@ def batch_html(
     """One micro-batch that holds the samples `members`: fill, then each document."""
     tokenizer, processor = build_tokenizer(config), build_image_processor(config)
     used, total = sum(batch.document_lengths), len(batch.tokens_T)
-    widths = "".join(f'<div style="width:{100 * n / total:.3f}%"></div>' for n in batch.document_lengths)
     yield f"<p>{used:,} of {total:,} tokens ({used / total:.1%}), {batch.num_samples} documents, "
-    yield f'{batch.num_images} images</p><div class="bar">{widths}</div>'
+    lengths = zip(map(data.samples.key, members), batch.document_lengths, strict=True)
+    yield f"{batch.num_images} images</p>{html.bar({**dict(lengths), 'padding': total - used})}"
     start = 0
     images = iter(zip(batch.image_keys, batch.image_grids, strict=True))
     for number, length in zip(members, batch.document_lengths, strict=True):
         stop = start + length
         tokens, labels = batch.tokens_T[start:stop].tolist(), batch.labels_T[start:stop].tolist()
-        yield f"<h4>{html.escape(data.samples.key(number))}: {length} tokens</h4>"
+        yield f"<h4>{escape(data.samples.key(number))}: {length} tokens</h4>"
         yield f"<pre>{document_html(tokens, labels, tokenizer)}</pre>"
         for source in data.samples[number].images:
             (key, index), grid = next(images)
@@ -145,28 +140,34 @@ def _mask(config: Config, grid: tuple[int, int], key: str, index: int, step: int
 def _picture_html(picture: Image.Image, key: str, index: int, mask: np.ndarray) -> str:
     file = io.BytesIO()
     picture.save(file, "PNG")
-    title = html.escape(f"{key}, image {index}: {int(mask.sum())} of {mask.size} tokens masked")
-    return f'<img title="{title}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return html.image(
+        file.getvalue(), f"{key}, image {index}: {int(mask.sum())} of {mask.size} tokens masked"
+    )
 
 
-def page(config: Config, steps: range) -> str:
-    """The whole page; steps are counted from 0, as rows are taken."""
-    data = build_data(config, build_tokenizer(config))
+def step_html(
+    config: Config, data: DialogueData, step: int, micro_batches: int | None = None
+) -> Iterator[str]:
+    """What a step saw, in its first `micro_batches` (all by default); steps are counted from 0, as rows are taken."""
     sizes = {
         "global_batch_size": config.train.global_batch_size,
         "micro_batch_size": config.train.micro_batch_size,
     }
-    parts = [f"<!doctype html><meta charset=utf-8><title>steps {steps}</title><style>{_STYLE}</style>"]
-    for step in steps:
-        parts.append(f"<h2>Step {step} (iteration {step + 1})</h2>")
-        (rows,) = data.step_rows(step, **sizes)
-        parts.append(balance_html(data, step, sizes))
-        batches = data.step_batches(step, **sizes)
-        for number, batch in enumerate(batches):
-            parts.append(f"<h3>Micro-batch {number}</h3>")
-            members = [member for row in rows[number] for member in data.row(row)]
-            parts.extend(batch_html(batch, members, data, config, step))
-    return "\n".join(parts)
+    yield html.heading(f"Step {step} (iteration {step + 1})")
+    (rows,) = data.step_rows(step, **sizes)
+    yield balance_html(data, step, sizes)
+    for number, batch in enumerate(itertools.islice(data.step_batches(step, **sizes), micro_batches)):
+        yield f"<h3>Micro-batch {number}</h3>"
+        members = [member for row in rows[number] for member in data.row(row)]
+        yield from batch_html(batch, members, data, config, step)
+
+
+def page(config: Config, steps: range) -> str:
+    """The whole page."""
+    data = build_data(config, build_tokenizer(config))
+    return html.document(
+        f"Steps {steps.start} to {steps.stop - 1}", [p for k in steps for p in step_html(config, data, k)]
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -174,7 +175,7 @@ def main(argv: list[str]) -> int:
     parser = FlagParser(__doc__)
     parser.add_argument("--step", "--skip-to", type=int, default=0, dest="step", help="first step, from 0")
     parser.add_argument("--steps", type=int, default=1, help="how many")
-    parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
+    parser.add_argument("--output", type=file_to_write, required=True, help="HTML file to write")
     args, rest = parser.parse_known_args(argv)
     for name, lowest in (("step", 0), ("steps", 1)):
         if getattr(args, name) < lowest:

@@ -1,6 +1,6 @@
 """The `laver` command: one word for each thing that a person does, `laver train --config RECIPE`.
 
-On several processes the same words go behind torchrun: `torchrun --nproc-per-node 8 -m laver_mcore train ...`.
+On several processes: `laver train --nproc-per-node 8 ...`, or behind torchrun, `torchrun ... -m laver_mcore train ...`.
 """
 
 import functools
@@ -9,6 +9,7 @@ import sys
 from typing import NamedTuple, NoReturn
 
 from laver_mcore.cli.console import run_and_leave, silence_libraries
+from laver_mcore.cli.launch import LAUNCHED, launch, split
 
 
 class Command(NamedTuple):
@@ -32,6 +33,8 @@ COMMANDS = {
     "parity": Command("laver_mcore.cli.parity", "compare the engine with transformers on the same weights"),
     "chat": Command("laver_mcore.cli.chat", "ask an exported model about images"),
     "answer": Command("laver_mcore.cli.answer", "answer a data file's questions with a run"),
+    "eval": Command("laver_mcore.cli.evaluate", "an exported model on benchmarks, under lmms-eval"),
+    "report": Command("laver_mcore.cli.report", "a run as a page: curves, time, samples with masks"),
     "diagnose": Command("laver_mcore.cli.diagnose", "what models do with pictures, side by side, as a page"),
 }
 
@@ -54,6 +57,10 @@ def main(argv: list[str]) -> int:
         print(f"laver: error: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     sys.argv = [f"laver {name}", *rest]  # the name by which the command speaks of itself
+    if name in LAUNCHED:
+        flags, rest = split(rest)
+        if flags.nproc_per_node is not None:
+            return launch(name, flags, rest)
     return run(name, rest)
 
 

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from laver_mcore.cli.console import refuse
-from laver_mcore.config.flags import FlagParser
+from laver_mcore.config.flags import FlagParser, file_to_write
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -30,15 +30,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="on logits and loss, fp32")
-    parser.add_argument("--report", help="also write the whole table to this Markdown file")
+    parser.add_argument(
+        "--report", type=file_to_write, help="also write the whole table to this Markdown file"
+    )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code inside an exported model"
     )
     parser.add_argument("--result", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.report and not Path(args.report).parent.is_dir():
-        parser.error(f"--report {args.report}: its folder does not exist")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> int:
     if "error" in found:
         return refuse(found["error"])
     if args.report:
-        Path(args.report).write_text(found["report"], encoding="utf-8")
+        args.report.write_text(found["report"], encoding="utf-8")
     print("\n".join(found["lines"]))
     return 0 if found["passes"] else 1
 

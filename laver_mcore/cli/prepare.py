@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from laver_mcore.cli.console import refuse
-from laver_mcore.config.flags import FlagParser
+from laver_mcore.config.flags import FlagParser, folder_to_write
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.prepare.check import check_prepared
 from laver_mcore.data.prepare.convert import REJECTS, ConvertOptions, convert, open_corpus
@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
         "--input", type=Path, help="JSON / JSONL file; parquet, Arrow or tar file, or a folder of them"
     )
     parser.add_argument("--format", choices=("llava", "llava-onevision", "finevision", "webdataset"))
-    parser.add_argument("--output", type=Path, required=True, help="folder of the prepared set")
+    parser.add_argument("--output", type=folder_to_write, required=True, help="folder of the prepared set")
     parser.add_argument("--image-folder", type=Path, help="what image paths are relative to (llava)")
     parser.add_argument("--check", action="store_true", help="read the prepared set whole and verify it")
     parser.add_argument(
@@ -60,8 +60,13 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not args.check and (args.input is None or args.format is None):
         parser.error("give --input and --format, or --check")
-    if args.num_samples is not None and args.num_samples < 1:
-        parser.error(f"--num-samples {args.num_samples} is not at least 1")
+    for name in ("num_samples", "workers", "samples_per_shard", "max_pixels"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value} is not at least 1")
+    if not args.max_aspect >= 1:
+        parser.error(f"--max-aspect {args.max_aspect} is not at least 1")
+    if not 0 <= args.max_bad_fraction <= 1:
+        parser.error(f"--max-bad-fraction {args.max_bad_fraction} is not between 0 and 1")
     try:
         if args.input is not None:
             ratings = {name: getattr(args, f"min_{name}") for name in RATINGS}

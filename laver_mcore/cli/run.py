@@ -22,7 +22,7 @@ from laver_mcore.config.load import to_yaml
 from laver_mcore.config.objectives import section_of
 from laver_mcore.config.presets import model_name
 from laver_mcore.config.renamed import with_todays_keys
-from laver_mcore.config.schema import Config
+from laver_mcore.config.schema import Config, TrainConfig
 from laver_mcore.data.serve.loader import DialogueData
 from laver_mcore.megatron import parallel
 from laver_mcore.megatron.intact import candidates
@@ -196,7 +196,7 @@ def train_run(
         )
     dist.barrier()  # nobody writes before everybody has looked
     with _locked(config, topology.rank):
-        _announce(engine, str(decide(config.train.kernels, device)), len(data.samples), report)
+        _announce(engine, str(decide(config.train.kernels, device)), data, report)
         _train(engine, data, progress, validation)
     return engine
 
@@ -240,6 +240,8 @@ def _train(engine: Engine, data: DialogueData, progress: Progress, validation: V
             took = timedelta(seconds=round(time.monotonic() - start))
             done = f"{stopped.iteration:,} of {config.train.train_iters:,} iterations"
             _say(f"finished {done} in {took}: {_kept(config)}", topology.is_last_rank)
+        if metrics is not None:
+            _say("\n".join(metrics.summary()), topology.is_last_rank)
     finally:
         if metrics is not None:
             metrics.close()
@@ -259,11 +261,20 @@ def _saving(config: Config) -> str:
     return f"writes {run.save}, a checkpoint every {run.save_interval:,} iterations"
 
 
-def _announce(engine: Engine, kernels: str, num_samples: int, report: BuildReport) -> None:
+def passes(train: TrainConfig, data: DialogueData) -> str:
+    """A step in dialogues, and the run in epochs: batch sizes count rows, which hold several."""
+    rows = data.rows_per_epoch(0)
+    dialogues = train.global_batch_size * data.samples_per_epoch(0) / rows
+    epochs = train.train_iters * train.global_batch_size / rows
+    return f"about {dialogues:,.0f} dialogues a step, {epochs:.2f} epochs in all"
+
+
+def _announce(engine: Engine, kernels: str, data: DialogueData, report: BuildReport) -> None:
     topology, config = engine.topology, engine.config
     lines = [
-        f"{model_name(config.model)}: {num_samples:,} dialogues, {config.train.train_iters:,} iterations of "
+        f"{model_name(config.model)}: {len(data.samples):,} dialogues, {config.train.train_iters:,} iterations of "
         f"{config.train.global_batch_size} rows x {config.data.seq_length} tokens",
+        passes(config.train, data),
         f"TP {topology.tp_size} x PP {topology.pp_size} x CP {topology.cp_size} x DP {topology.dp_size} on "
         f"{topology.device.type}, kernels: {kernels}, objective {config.objective.name}",
         format_trainable(report.trainable),

@@ -13,7 +13,6 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from laver_mcore.cli.console import refuse
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.flags import FlagParser
+from laver_mcore.config.flags import FlagParser, folder_to_write
 from laver_mcore.config.load import parse
 from laver_mcore.config.schema import Config
 from laver_mcore.data.errors import DataError
@@ -126,7 +125,9 @@ def parse_part(text: str) -> tuple[int, int]:
 
 def main(argv: list[str]) -> int:
     parser = FlagParser(__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="the cache; made, or gone on with")
+    parser.add_argument(
+        "--output", type=folder_to_write, required=True, help="the cache; made, or gone on with"
+    )
     parser.add_argument(
         "--part", type=parse_part, default=(0, 1), metavar="I/N", help="every N-th image from I on"
     )

@@ -227,6 +227,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
 def _with_recipe_named(argv: Sequence[str]) -> list[str]:
     """The command line with `--config` before a recipe that stands at its beginning alone: `stage2.yaml --lr 1e-5`."""
     if argv and argv[0].endswith((".yaml", ".yml")):
+        if any(word.split("=")[0] == "--config" for word in argv):
+            raise ConfigError(f"two recipes, {argv[0]} and --config; one may have the other as its base")
         return ["--config", *argv]
     return list(argv)
 

@@ -1,6 +1,7 @@
 """What a run writes, starts from and does at its end."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class RunConfig:
     """LoRA: checkpoints hold the decoder's frozen weights as well, which are those that the run starts from."""
     save_interval: int | None = None
     """Iterations between checkpoints; one is always written at the end."""
+    async_save: bool = False
+    """Go on training while a checkpoint is written; the next save, and the end, wait for it."""
     keep_last: int | None = None
     """Keep so many of the newest checkpoints and delete older ones; all by default."""
     keep_every: int | None = None
@@ -39,7 +42,9 @@ class RunConfig:
     """Seconds without a sign of life of a rank (stopped, frozen) after which the others name it, dump their stacks and
     leave with status 75, with which torchrun ends the job; 45 is a fair choice, 0 is never."""
     log_interval: int = 1
-    """Iterations between metrics lines."""
+    """Iterations between metrics lines; the last one of a run always has its line."""
+    log_format: Literal["short", "megatron"] = "short"
+    """How an iteration reads on the terminal: short and aligned with the time left, or Megatron's long line."""
     tensorboard: bool = True
     """Write DIR/tensorboard."""
     wandb_project: str | None = None

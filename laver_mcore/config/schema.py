@@ -58,6 +58,8 @@ class DataConfig:
     """The same for how well a question fits its image."""
     min_formatting: int | None = None
     """The same for the form of the answer."""
+    packing: bool = True
+    """Several dialogues in a row; without, one, so that batch sizes and iterations count dialogues, as in papers."""
     packing_window: int = 1024
     """Dialogues looked ahead at when rows are packed: more fill better and even out cost, and stray further."""
     system_prompt: str = "You are a helpful assistant."

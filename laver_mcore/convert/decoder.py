@@ -173,10 +173,12 @@ def export_decoder(
     dtype: torch.dtype | None = None,
     teacher: bool = False,
     companions: str | Path | None = None,
+    beside: Callable[[Path], object] | None = None,
 ) -> None:
     """Write the decoder of a run's newest checkpoint as a directory; `teacher` takes the EMA weights.
 
-    `companions` is a directory whose tokenizer and generation config go along. Raises `ConfigError`.
+    `companions` is a directory whose tokenizer and generation config go along; by default that of the model which the
+    checkpoint was converted from, or what `beside` writes. Raises `ConfigError`.
     """
     config, reader = open_run(load)
     vocab_size = reader.common["identity"]["vocab_size"]
@@ -186,7 +188,10 @@ def export_decoder(
         content = text_config(config.model, vocab_size) | carried_settings(source)
         content["dtype"] = str(tensors[0].dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        copy_companions(source, folder)
+        if source.is_dir() or beside is None:
+            copy_companions(source, folder)
+        else:
+            beside(folder)
         write_safetensors(folder, tensors)
 
 

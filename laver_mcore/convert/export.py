@@ -7,6 +7,7 @@ template. A run with neither of them may be what LLaVA is, which needs no code (
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from laver_mcore.config.towers.spec import TowerSpec
 from laver_mcore.convert import llava
 from laver_mcore.convert.decoder import (
     carried_settings,
+    copy_companions,
     export_decoder,
     open_run,
     run_tensors,
@@ -65,7 +67,9 @@ def export_run(
             write_adapter(config, reader, folder, dtype=dtype, teacher=teacher)
         return []
     if decoder_only or not config.vision.has_images:
-        export_decoder(load, save, dtype=dtype, teacher=teacher, companions=tokenizer)
+        export_decoder(
+            load, save, dtype=dtype, teacher=teacher, companions=tokenizer, beside=_tokenizer_of(config)
+        )
         return []
     _check_supported(config)
     differs = llava.differences(config)
@@ -98,6 +102,17 @@ def export_run(
             shutil.copyfile(HUB / name, folder / name)
         write_safetensors(folder, tensors)
     return differs
+
+
+def _tokenizer_of(config: Config) -> Callable[[Path], object] | None:
+    """Writes the tokenizer that a run trained with, as a directory or made into one."""
+    source = config.data.tokenizer_model
+    if source is None:
+        return None
+    if Path(source).is_dir():
+        return partial(copy_companions, Path(source))
+    templates = chat_templates(config.model.family, config.data.chat_template)
+    return lambda folder: export_tokenizer(source, folder, config.data.system_prompt, templates)
 
 
 def _files(config: Config, vocab_size: int, image_token: int, dtype: torch.dtype) -> dict[str, Any]:

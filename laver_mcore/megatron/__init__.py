@@ -2,6 +2,7 @@
 
 jit.py                Megatron-Core imported without torch's compiler
 cpu.py                "cuda" means "cpu" (or "meta") on a machine without CUDA
+rendezvous.py         where ranks meet, after a restart as well
 parallel.py           process groups -> Topology
 optimizer.py          Megatron's optimizer, and where it keeps fp32 masters
 versions.py           what differs between the versions of Megatron-Core that are supported
@@ -9,6 +10,8 @@ weight_shards.py      which elements of a parameter a data-parallel rank keeps
 lazy.py               rows of a parameter that rest in steps without a gradient of theirs
 segments.py           a stage's layers with looks in between
 checkpoints.py        where checkpoints lie, and which are of one model
+background.py         a copy of the process, at work beside training
+publishing.py         a checkpoint on its way, and what it takes to be one
 intact.py             checksums, and the newest checkpoint that is whole
 unpickling.py         checkpoints read without running what stands in them
 """

@@ -32,6 +32,8 @@ def reason_of(error: BaseException) -> str:
             known = os.strerror(seen.errno)
             return known if seen.strerror in (None, known) else f"{known}: {seen.strerror}"
         seen = seen.__cause__ or seen.__context__
+    if "unexpected pos" in str(error):  # PyTorch's word for a write that the system refused
+        return "a file could not be written whole, as on a full disk"
     return (str(error) or type(error).__name__).strip().split("\n")[0][:200]
 
 

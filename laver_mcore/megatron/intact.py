@@ -31,18 +31,22 @@ def checksum(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "blake2b": digest.hexdigest()}
 
 
-def seal(folder: Path) -> None:
-    """Write the checksums of a finished folder, the ranks sharing its files out; all ranks take part."""
-    mine = {name: checksum(folder / name) for name in _mine(files_of(folder))}
-    for name in mine:
-        _on_disk(folder / name)
-    gathered = _gather(mine)
-    if _rank() == 0:
-        whole = {name: found for part in gathered for name, found in part.items()}
-        text = json.dumps({"files": dict(sorted(whole.items()))}, indent=1)
-        (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
-        _on_disk(folder / CHECKSUMS)
-        _on_disk(folder)
+def seal(folder: Path, known: dict[str, Any] | None = None) -> None:
+    """Write the checksums of a finished folder; all ranks take part.
+
+    `known` are those of the files that this rank wrote, on the disk already; rank 0 looks at what is left.
+    """
+    whole = {name: found for part in _gather(known or {}) for name, found in part.items()}
+    if _rank() != 0:
+        return
+    for name in files_of(folder):
+        if name not in whole:
+            whole[name] = checksum(folder / name)
+            _on_disk(folder / name)
+    text = json.dumps({"files": dict(sorted(whole.items()))}, indent=1)
+    (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
+    _on_disk(folder / CHECKSUMS)
+    _on_disk(folder)
 
 
 def _on_disk(path: Path) -> None:

@@ -15,6 +15,7 @@ from laver_mcore.config.schema import ParallelConfig
 from laver_mcore.megatron import cpu
 from laver_mcore.megatron.devices import DeviceFacts, check_devices
 from laver_mcore.megatron.environment import check_environment
+from laver_mcore.megatron.rendezvous import fresh_part
 from laver_mcore.processes import end_with_parent
 
 
@@ -106,21 +107,31 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
         cpu.install()
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
-        store = None
-        if "MASTER_PORT" not in os.environ:  # a single process started without torchrun
-            store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        timeout = timedelta(minutes=timeout_minutes)
         try:
             dist.init_process_group(
                 backend,
-                store=store,
-                rank=int(os.environ["RANK"]),
-                world_size=int(os.environ["WORLD_SIZE"]),
-                timeout=timedelta(minutes=timeout_minutes),
+                store=_store(rank, world_size, timeout),
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
             )
         except dist.DistNetworkError as error:
             port, reason = os.environ.get("MASTER_PORT"), str(error).split("\n")[0]
             raise ConfigError(f"MASTER_PORT={port} cannot be used ({reason}); choose another") from None
     return device
+
+
+def _store(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:
+    """Where the ranks meet; None for a port that the environment names, without torchrun."""
+    if "MASTER_PORT" not in os.environ:  # a single process
+        return dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store.set_timeout(timeout)
+    return fresh_part(store, rank, world_size, timeout)
 
 
 def build_topology(config: ParallelConfig, device: torch.device) -> Topology:

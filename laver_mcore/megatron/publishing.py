@@ -2,23 +2,25 @@
 
 import contextlib
 import errno
-import multiprocessing
+import math
+import queue
 import shutil
-from collections.abc import Iterator, Sequence
-from multiprocessing.managers import SyncManager
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
+from laver_mcore.megatron.background import Copied
 from laver_mcore.megatron.checkpoints import TRACKER, SaveError, checkpoint_folder, reason_of
-from laver_mcore.megatron.intact import looks_whole, saved_iterations
-from laver_mcore.processes import end_with_parent
+from laver_mcore.megatron.intact import checksum, looks_whole, saved_iterations, seal
 
 _SPARE = 1.05
 """Space that is wanted beyond the tensors' own bytes, for what describes them."""
@@ -26,12 +28,11 @@ _SPARE = 1.05
 
 def check_finite(chunks: Sequence[torch.nn.Module]) -> None:
     """`SaveError` on all ranks where a weight is not finite: such a checkpoint is worth less than the one before."""
-    names = [
-        name
-        for chunk in chunks
-        for name, parameter in chunk.named_parameters()
-        if not bool(torch.isfinite(parameter).all())
-    ]
+    named = {name: parameter for chunk in chunks for name, parameter in chunk.named_parameters()}
+    largest = torch._foreach_norm(
+        list(named.values()), float("inf")
+    )  # one look at each number, no copy of any
+    names = [name for name, norm in zip(named, largest, strict=True) if not math.isfinite(norm)]
     gathered: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(gathered, names)
     found = [name for part in gathered for name in part]
@@ -87,12 +88,57 @@ def writing(aside: Path) -> Iterator[None]:
         )
 
 
-def own_writers() -> None:
-    """Let the process in which Megatron-Core collects what its writers report end with this one, however that ends."""
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(end_with_parent)
-        filesystem_async._results_queue = manager.Queue()
+class Write:
+    """A checkpoint on its way: a copy of each rank's process writes what stood there when it began.
+
+    All ranks take part in everything; `SaveError` on all where any of them fails.
+    """
+
+    def __init__(self, state: dict[str, Any], content: dict[str, Any], aside: Path, folder: Path) -> None:
+        self._aside, self._folder = aside, folder
+        # Megatron-Core's own is kept by a process of its own; each save has another, so that two may be on their way.
+        self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        filesystem_async._results_queue = self._results
+        with writing(aside):
+            request = dist_checkpointing.save(
+                state, str(aside), content_metadata=content, async_sharded_save=True
+            )
+            self._finalize, self._copied = request.finalize_fns, None
+            if request.async_fn is not None:
+                buckets = request.preload_fn()
+                self._copied = Copied(partial(_write_files, request.async_fn, buckets))
+
+    def is_written(self, group: dist.ProcessGroup) -> bool:
+        """Whether all ranks have written their part; `group` is one of all ranks, on CPUs."""
+        done = self._copied is None or self._copied.is_done()
+        flag = torch.tensor([int(done)], dtype=torch.int32, device="cpu")
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
+        return bool(flag.item())
+
+    def finish(self) -> Path:
+        """Wait until all is written, seal and publish it; returns its folder."""
+        checksums: dict[str, Any] = {}
+        with writing(self._aside):
+            if self._copied is not None:
+                results, checksums = self._copied.result()
+                self._results.put(results)
+        with writing(self._aside):
+            for finalize in self._finalize:
+                finalize()
+        with writing(self._aside):
+            seal(self._aside, checksums)
+        with writing(self._aside):
+            publish(self._aside, self._folder)
+        return self._folder
+
+
+def _write_files(write: Callable[..., None], buckets: Any) -> tuple[Any, dict[str, Any]]:
+    """Write this rank's files; what Megatron-Core wants to know of them (or its error), and their checksums."""
+    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    write(dist.get_rank(), buckets, found)
+    results = found.get_nowait()
+    written = [] if isinstance(results, Exception) else [Path(bucket[0]) for bucket in buckets]
+    return results, {file.name: checksum(file) for file in written}
 
 
 def publish(aside: Path, folder: Path) -> None:

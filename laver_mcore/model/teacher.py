@@ -153,21 +153,19 @@ class Teacher:
     ) -> dict[torch.nn.Parameter, torch.Tensor]:
         """The fp32 averages of this model shard in host memory, whole and shaped, of those `wanted` on this rank.
 
-        All ranks take part, whatever each of them wants. A frozen parameter is its own average.
+        All ranks take part, whatever each of them wants. A frozen parameter is its own average. Averages that are whole
+        in host memory already are given as they are, not copied.
         """
         if self._topology.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # offloaded averages may be on their way to the host
         wholes = {p: p.detach().float().cpu() for p in self._frozen if p in wanted}
         for bucket, members in self._members:
-            flat = {p: torch.empty(p.numel()) if p in wanted else None for p in members}
-            if bucket.num_shards > 1:
+            if bucket.num_shards == 1:
+                flat = {p: self.averages[p].cpu() if p in wanted else None for p in members}
+            else:
+                flat = {p: torch.empty(p.numel()) if p in wanted else None for p in members}
                 gather_shards(bucket, self.averages, flat, dtype=torch.float32, device=self._topology.device)
-            for parameter, whole in flat.items():
-                if whole is None:
-                    continue
-                if bucket.num_shards == 1:
-                    whole.copy_(self.averages[parameter])
-                wholes[parameter] = whole.view(parameter.shape)
+            wholes |= {p: whole.view(p.shape) for p, whole in flat.items() if whole is not None}
         return wholes
 
     @torch.no_grad()

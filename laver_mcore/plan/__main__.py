@@ -7,13 +7,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from laver_mcore.accounting.devices import GIB, GPUS
 from laver_mcore.accounting.tables import memory_table
 from laver_mcore.accounting.typical import typical_mix
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.flags import FlagParser
+from laver_mcore.config.flags import FlagParser, file_to_write
 from laver_mcore.config.load import parse
 from laver_mcore.config.presets import model_name
 from laver_mcore.config.schema import Config
@@ -28,7 +27,9 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--gpus", type=int, required=True, help="number of GPUs")
     options.add_argument("--gpu", choices=list(GPUS), required=True, help="kind of GPU")
     options.add_argument("--top", type=int, default=10, help="layouts to print (default 10)")
-    options.add_argument("--json", metavar="FILE", help="also write every feasible layout here")
+    options.add_argument(
+        "--json", type=file_to_write, metavar="FILE", help="also write every feasible layout here"
+    )
     options.add_argument("--images-per-row", type=int, help="images in a packed row (default: 70 %% of it)")
     options.add_argument(
         "--supervised-share", type=float, default=0.29, help="of a row's tokens (default 0.29)"
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     print("\n".join(lines(config, setting, plan, chosen.gpu, chosen.top)))
     if chosen.json:
         content = report.as_json(config, setting, plan.feasible, plan.refused)
-        Path(chosen.json).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        chosen.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return 0
 
 

@@ -106,7 +106,7 @@ def build_data(config: Config, tokenizer: Tokenizer, device: torch.device | None
         system_prompt=data.system_prompt,
         overlong=data.overlong,
         weights=data.data_weights or None,
-        packing_window=data.packing_window,
+        packing_window=data.packing_window if data.packing else 1,
         cost=training_cost(config, resolve_vocab_size(config, tokenizer)),
         image_backend=data.image_backend,
         ratings=RatingFilter(

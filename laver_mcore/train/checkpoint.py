@@ -23,9 +23,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from laver_mcore.config.schema import Config
 from laver_mcore.megatron.checkpoints import CheckpointError, checkpoint_folder, identity
-from laver_mcore.megatron.intact import seal
 from laver_mcore.megatron.optimizer import allocate_state, coalesced_offsets, load_state
-from laver_mcore.megatron.publishing import check_finite, check_space, own_writers, publish, writing
+from laver_mcore.megatron.publishing import Write, check_finite, check_space, writing
 from laver_mcore.megatron.unpickling import reading
 from laver_mcore.train.engine import Engine
 from laver_mcore.train.saved_weights import metadata, model_state, open_newest, put_weights
@@ -137,6 +136,11 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
 
     `SaveError` on all ranks where it cannot be written; what was saved before is as it was.
     """
+    return begin_save(engine, directory, progress, data_fingerprint).finish()
+
+
+def begin_save(engine: Engine, directory: str | Path, progress: Progress, data_fingerprint: str) -> Write:
+    """The same without waiting for the disk: training may go on, and the checkpoint is there once it is finished."""
     folder = checkpoint_folder(directory, progress.iteration)
     aside = folder.with_name(f"{folder.name}.saving")
     with writing(aside):
@@ -162,14 +166,7 @@ def save(engine: Engine, directory: str | Path, progress: Progress, data_fingerp
     }
     check_finite(engine.chunks)
     check_space(state, aside)
-    own_writers()
-    with writing(aside):
-        dist_checkpointing.save(state, str(aside), content_metadata=metadata())
-    with writing(aside):
-        seal(aside)
-    with writing(aside):
-        publish(aside, folder)
-    return folder
+    return Write(state, metadata(), aside, folder)
 
 
 def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progress:

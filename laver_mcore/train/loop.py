@@ -16,14 +16,13 @@ from laver_mcore.accounting.work import StepWork
 from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.data.serve.exchange import connect
 from laver_mcore.data.serve.loader import DialogueData
-from laver_mcore.megatron import checkpoints
-from laver_mcore.megatron.publishing import prune
-from laver_mcore.train import checkpoint
+from laver_mcore.megatron.checkpoints import CheckpointError
 from laver_mcore.train.checkpoint import Progress
 from laver_mcore.train.counts import SIMILARITY
 from laver_mcore.train.engine import Engine
 from laver_mcore.train.metrics import Metrics
 from laver_mcore.train.profiling import Profiler
+from laver_mcore.train.saving import Saver
 from laver_mcore.train.skips import Skips
 from laver_mcore.train.step import StepResult, check_teacher_moved, train_step
 
@@ -140,7 +139,7 @@ class _Interval:
 def _data_start(engine: Engine, progress: Progress) -> int:
     batch = engine.config.train.global_batch_size
     if progress.consumed_rows % batch:
-        raise checkpoints.CheckpointError(
+        raise CheckpointError(
             f"{progress.consumed_rows} rows were consumed, which is no multiple of global_batch_size={batch}; "
             "resume with a size that divides it"
         )
@@ -172,8 +171,8 @@ def train(
         image_share=(topology.share, topology.num_shares) if topology.on_first_stage else None,
     )
     # A rank that fails must not wait at its exit for data threads that wait for the other ranks.
-    with contextlib.closing(steps):
-        return _train(engine, data, steps, progress, metrics, told_to_stop, validation)
+    with contextlib.closing(steps), Saver(engine, data.fingerprint()) as saver:
+        return _train(engine, data, steps, progress, metrics, told_to_stop, validation, saver)
 
 
 def _train(
@@ -184,12 +183,12 @@ def _train(
     metrics: Metrics | None,
     told_to_stop: Callable[[], bool],
     validation: Validation | None,
+    saver: Saver,
 ) -> Progress:
     config, topology, total = engine.config, engine.topology, engine.config.train.train_iters
     state = RunState(progress=progress, skipped=progress.skipped)
     listed = Path(config.run.save) / "skipped.jsonl" if config.run.save else None
     skips = Skips(config.run.max_skipped, listed, speaks=topology.speaks_for_samples)
-    fingerprint = data.fingerprint()
     profiler, interval = Profiler(config.run, topology.rank), _Interval(engine, enabled=metrics is not None)
     for batches in steps:
         profiler.begin(state.progress.iteration + 1)
@@ -202,7 +201,7 @@ def _train(
         profiler.end(iteration, exiting=exiting)
         validates = validation is not None and validation.due(iteration, exiting=exiting)
         columns, seconds = None, 0.0
-        if metrics is not None and (validates or _due(iteration, config.run.log_interval)):
+        if metrics is not None and (exiting or validates or _due(iteration, config.run.log_interval)):
             columns, seconds = interval.columns(data.take_wait_ms())
         held_out = validation(state.progress) if validation is not None and validates else {}
         if metrics is not None and columns is not None:
@@ -210,36 +209,11 @@ def _train(
             interval.restart()
         if config.run.save and (exiting or _due(iteration, config.run.save_interval)):
             skips.look()
-            _save(engine, state, fingerprint, skips.in_a_row, last=exiting)
+            saver.save(replace(state.progress, skipped=int(state.skipped)), skips.in_a_row, last=exiting)
             interval.restart()
+        else:
+            saver.look()
         if exiting:
             break
     skips.look()
     return state.progress
-
-
-def _save(engine: Engine, state: RunState, fingerprint: str, just_skipped: int, *, last: bool) -> None:
-    """Write a checkpoint, and delete those that the recipe does not keep.
-
-    One that cannot be written is a line, and the run goes on; `SaveError` where there will be no other chance.
-    """
-    run = engine.config.run
-    assert run.save is not None
-    try:
-        if just_skipped > 1 and not last:  # weights that give such gradients are worth less than those before
-            raise checkpoints.SaveError(
-                f"iteration {state.progress.iteration}: not saved (the last {just_skipped} steps were skipped)"
-            )
-        start = time.perf_counter()
-        folder = checkpoint.save(
-            engine, run.save, replace(state.progress, skipped=int(state.skipped)), fingerprint
-        )
-        if engine.topology.is_last_rank:
-            print(f"saved {folder} in {time.perf_counter() - start:.1f} s", flush=True)
-    except checkpoints.SaveError as error:
-        if last:
-            raise
-        if engine.topology.is_last_rank:
-            print(f"{error}; going on, the next save is tried", flush=True)
-        return
-    prune(run.save, state.progress.iteration, keep_last=run.keep_last, keep_every=run.keep_every)

@@ -1,9 +1,8 @@
-"""What a run says: metrics.jsonl, TensorBoard, W&B, Megatron's iteration line, a progress bar on a terminal."""
+"""What a run says: metrics.jsonl, TensorBoard, W&B, a line an iteration, a progress bar on a terminal, a summary."""
 
 import json
 import math
 import sys
-import time
 import uuid
 from dataclasses import asdict
 from pathlib import Path
@@ -12,27 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from laver_mcore.config.schema import Config
-
-_NOT_LOSSES = ("valid_accuracy", "visual_similarity", "teacher_distance", "grad_norm")
-
-
-def format_iteration_line(
-    row: dict[str, Any], train_iters: int, global_batch_size: int, seconds: float
-) -> str:
-    """One line in Megatron's form: ` iteration 10/ 100 | ... | lm loss: 1.2E+00 | grad norm: 0.5 |`."""
-    parts = [
-        f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {row['iteration']:8d}/{train_iters:8d}",
-        f"elapsed time per iteration (ms): {seconds * 1000:.1f}",
-        f"throughput per GPU (TFLOP/s/GPU): {row['tflops_per_gpu']:.1f}",
-        f"learning rate: {row['learning_rate']:.6E}",
-        f"global batch size: {global_batch_size:5d}",
-    ]
-    losses = [name for name in row if name == "loss" or name.endswith("_loss")]
-    for name in (*losses, *_NOT_LOSSES):
-        if row.get(name) is not None:
-            parts.append(f"{name.replace('_', ' ')}: {row[name]:.6E}")
-    parts.append(f"number of skipped iterations: {row['skipped']:3d}")
-    return " | ".join(parts) + " |"
+from laver_mcore.train.lines import ShortLine, megatron_line
 
 
 def _postfix(row: dict[str, Any]) -> str:
@@ -92,6 +71,9 @@ class Metrics:
         self._tensorboard: Any = None
         self._wandb: Any = None
         total = config.train.train_iters
+        self._short = ShortLine(total)
+        self._tokens, self._seconds, self._last = 0.0, 0.0, start_iteration
+        self._losses: list[tuple[float, int]] = []
         self._bar = (
             tqdm(total=total, initial=start_iteration, unit="it", dynamic_ncols=True)
             if sys.stderr.isatty()
@@ -125,14 +107,42 @@ class Metrics:
                 self._tensorboard.add_scalar(name, value, row["iteration"])
         if self._wandb is not None:
             self._wandb.log(numbers, step=row["iteration"])
+        self._remember(row, seconds)
         train = self._config.train
-        line = format_iteration_line(row, train.train_iters, train.global_batch_size, seconds)
+        if self._config.run.log_format == "megatron":
+            line = megatron_line(row, train.train_iters, train.global_batch_size, seconds)
+        else:
+            line = self._short(row, seconds)
         if self._bar is None:
             print(line, flush=True)
         else:
             self._bar.set_postfix_str(_postfix(row))
             self._bar.write(line)
             self._bar.update(row["iteration"] - self._bar.n)
+
+    def _remember(self, row: dict[str, Any], seconds: float) -> None:
+        """What the summary tells of."""
+        of_line = seconds * (row["iteration"] - self._last)
+        self._tokens += row["tokens_per_second"] * of_line
+        self._seconds += of_line
+        self._last = row["iteration"]
+        if row["loss"] is not None and math.isfinite(row["loss"]):
+            self._losses.append((row["loss"], row["iteration"]))
+
+    def summary(self) -> list[str]:
+        """What is worth knowing once a run has ended: its pace, its loss, and where its numbers are."""
+        lines = []
+        if self._seconds:
+            rate = self._tokens / self._seconds
+            lines.append(
+                f"{self._tokens:,.0f} tokens at {rate:,.0f} a second, checkpoints and validation aside"
+            )
+        if self._losses:
+            (last, _), (best, at) = self._losses[-1], min(self._losses)
+            lines.append(f"loss {last:.4f} at the end, {best:.4f} at its lowest (iteration {at:,})")
+        if self._config.run.save:
+            lines.append(f"every iteration's numbers: {self._config.run.save}/metrics.jsonl")
+        return lines
 
     def close(self) -> None:
         """Flush everything to disk."""

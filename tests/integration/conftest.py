@@ -53,6 +53,16 @@ LAYOUTS: dict[str, tuple[int, str]] = {
     "dp2_pp2_distributed": (4, "--pipeline-model-parallel-size 2 --use-distributed-optimizer"),
 }
 
+# Combinations of what the others train by itself: `make test-long`.
+LONG_LAYOUTS = {
+    "micro_batch_2",
+    "dp2_distributed_offload",
+    "dp2_tp2",
+    "cp2_distributed",
+    "cp4",
+    "dp2_pp2_distributed",
+}
+
 # Variants of the recipe, each under several layouts: edge cases of the data and of the objective.
 VARIANTS: dict[str, str] = {
     "one_token": "--image-size 8 --patch-size 8",
@@ -63,6 +73,15 @@ VARIANTS: dict[str, str] = {
     "llama3.1": "--family llama --rope-scaling 8 1 4 16",
 }
 VARIANT_LAYOUTS = ("tp1", "tp2_sp", "pp2", "dp2_distributed")
+LONG_VARIANTS = {
+    ("one_token", "pp2"),
+    ("released", "pp2"),
+    ("lm_only", "tp2_sp"),
+    ("lm_only", "dp2_distributed"),
+}
+LONG_VARIANTS |= {
+    (decoder, layout) for decoder in ("qwen3", "llama3.1") for layout in ("pp2", "dp2_distributed")
+}
 
 # Resume: four iterations under one layout, four more under another.
 FIRST_HALF = ("tp2", "dp2_distributed")
@@ -141,7 +160,8 @@ def runs(
 ) -> Path:
     """Folder with the runs that the selected tests need, trained in one launch for each number of ranks."""
     directory = tmp_path_factory.mktemp("runs")
-    marks = [mark for item in request.session.items for mark in item.iter_markers("needs_runs")]
+    items = [item for item in request.session.items if not item.get_closest_marker("skip")]
+    marks = [mark for item in items for mark in item.iter_markers("needs_runs")]
     chosen = with_what_they_continue(name for mark in marks for name in mark.args)
     # Two ranks first: others continue their runs.
     for ranks in (2, 1, 4):

@@ -1,10 +1,15 @@
 """tools/chat.py on an exported run: streamed answers, conversations, bad input."""
 
 import io
+import shutil
 
 import pytest
+import transformers
 from PIL import Image
+from sample_decoders import random_decoder
 from sample_run import write_recipe, write_sample_data
+from sample_tokenizers import write_tokenizer_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from integration.harness import Scenario, run_scenarios
 from laver_mcore.cli.chat import main
@@ -86,3 +91,52 @@ def test_images_of_any_mode(exported, tmp_path, capsys):
         "red",
     ]
     assert main([*argv, "--max-new-tokens", "2"]) == 0
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """As in a process of its own, where `silence_libraries` comes before transformers."""
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A text model's directory as it is published: nothing of ours in it."""
+    directory = tmp_path_factory.mktemp("plain") / "qwen"
+    write_tokenizer_of(directory, "qwen2.5")
+    random_decoder("qwen2_tied", vocab_size=400).save_pretrained(directory)
+    return directory
+
+
+def test_a_plain_text_model_answers(plain, capsys):
+    """Greedy: the tokens of transformers' own generate on the template's text."""
+    argv = ["--model", str(plain), "--prompt", "which digits are in row 1?", "--max-new-tokens", "6"]
+    assert main(argv) == 0
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto")
+    turns = [{"role": "user", "content": "which digits are in row 1?"}]
+    inputs = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    new = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert capsys.readouterr().out.strip() == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize(
+    ("left_out", "more", "message"),
+    [
+        ("tokenizer.json", [], "has no tokenizer (tokenizer.json, tokenizer.model, vocab.json)"),
+        ("chat_template.jinja", [], "chat_template is not set"),
+        (None, ["--image", "{d}/a.png"], "is a text model, which takes no --image"),
+    ],
+    ids=["no tokenizer", "no template", "image"],
+)
+def test_what_a_text_model_lacks_is_one_line(plain, tmp_path, capsys, left_out, more, message):
+    shutil.copytree(plain, tmp_path / "model")
+    if left_out:
+        (tmp_path / "model" / left_out).unlink()
+    Image.new("RGB", (9, 20)).save(tmp_path / "a.png")
+    argv = ["--model", str(tmp_path / "model"), "--prompt", "a", *(word.format(d=tmp_path) for word in more)]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The adapters of examples/eval on an exported model, against stand-ins for the frameworks; where lmms-eval is
+"""The adapters of `evaluation/` on an exported model, against stand-ins for the frameworks; where lmms-eval is
 installed, under lmms-eval itself.
 """
 
@@ -70,9 +70,8 @@ def frameworks(monkeypatch):
             if path not in sys.modules:
                 monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
         vars(sys.modules[name]).update(content)
-    monkeypatch.syspath_prepend(str(EVAL))
     yield
-    for name in [name for name in sys.modules if name.startswith("laver_eval")]:
+    for name in [name for name in sys.modules if name.startswith("laver_mcore.evaluation")]:
         del sys.modules[name]
 
 
@@ -88,7 +87,7 @@ def task_utils(monkeypatch, directory):
 @pytest.mark.parametrize("leading", [(), ("context",)], ids=["documented", "with context"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_lmms_eval_answers_a_local_task(directory, frameworks, task_utils, batch_size, leading):
-    adapter = importlib.import_module("laver_eval.lmms_adapter")
+    adapter = importlib.import_module("laver_mcore.evaluation.lmms_adapter")
     model = adapter.Laver(
         pretrained=str(directory / "hf"), device="cpu", trust_remote_code=True, batch_size=batch_size
     )
@@ -121,7 +120,7 @@ def test_lmms_eval_answers_a_local_task(directory, frameworks, task_utils, batch
 
 
 def test_log_likelihood_is_that_of_the_whole_text(directory, frameworks, task_utils):
-    adapter = importlib.import_module("laver_eval.lmms_adapter")
+    adapter = importlib.import_module("laver_mcore.evaluation.lmms_adapter")
     model = adapter.Laver(pretrained=str(directory / "hf"), device="cpu", trust_remote_code=True)
     doc = next(doc for doc in json.loads((directory / "train.json").read_text()) if "image" in doc)
     model.task_dict = {"t": {"test": [doc]}}
@@ -145,7 +144,7 @@ def test_log_likelihood_is_that_of_the_whole_text(directory, frameworks, task_ut
 
 
 def test_vlmevalkit_answers_interleaved_messages(directory, frameworks, tmp_path):
-    adapter = importlib.import_module("laver_eval.vlmevalkit_adapter")
+    adapter = importlib.import_module("laver_mcore.evaluation.vlmevalkit_adapter")
     model = adapter.Laver(str(directory / "hf"), device="cpu", trust_remote_code=True, max_new_tokens=4)
     Image.new("RGB", (20, 10), "red").save(tmp_path / "a.png")
     image = {"type": "image", "value": str(tmp_path / "a.png")}
@@ -154,13 +153,13 @@ def test_vlmevalkit_answers_interleaved_messages(directory, frameworks, tmp_path
 
 
 def test_unknown_model_argument_is_refused(directory, frameworks):
-    adapter = importlib.import_module("laver_eval.lmms_adapter")
+    adapter = importlib.import_module("laver_mcore.evaluation.lmms_adapter")
     with pytest.raises(ValueError, match="unknown model_args"):
         adapter.Laver(pretrained=str(directory / "hf"), device="cpu", trust_remote_code=True, max_frames=3)
 
 
 def test_manifest_and_task_name_things_that_exist(frameworks, task_utils):
-    adapter = importlib.import_module("laver_eval.lmms_adapter")
+    adapter = importlib.import_module("laver_mcore.evaluation.lmms_adapter")
     module, name = adapter.model_manifest().chat_class_path.rsplit(".", 1)
     assert hasattr(importlib.import_module(module), name)
 
@@ -176,28 +175,27 @@ def test_manifest_and_task_name_things_that_exist(frameworks, task_utils):
 
 
 def test_lmms_eval_itself_runs_the_task(directory, tmp_path):
+    """`laver eval` under the real framework: the score is what the adapter's answers come to."""
     pytest.importorskip("lmms_eval")
     docs = [doc for doc in json.loads((directory / "train.json").read_text()) if "image" in doc]
     (tmp_path / "data" / "demo").mkdir(parents=True)
     (tmp_path / "data" / "demo" / "heldout.json").write_text(json.dumps(docs))
-    # The manifest as an installed package would declare it.
-    (tmp_path / "laver_eval-0.dist-info").mkdir()
-    (tmp_path / "laver_eval-0.dist-info" / "METADATA").write_text("Name: laver-eval\nVersion: 0\n")
-    (tmp_path / "laver_eval-0.dist-info" / "entry_points.txt").write_text(
-        "[lmms_eval.models]\nlaver = laver_eval.lmms_adapter:model_manifest\n"
-    )
-    path = os.pathsep.join([str(tmp_path), str(EVAL), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"LAVER_DEMO": str(directory), "PYTHONPATH": path}
-    environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lmms_eval", "--model", "laver", "--tasks", "laver_demo"]
-    command += [
-        "--model_args",
-        f"pretrained={directory / 'hf'},device=cpu,trust_remote_code=True",
-        "--batch_size",
-        "3",
+    environment = os.environ | {"LAVER_DEMO": str(directory), "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "laver_mcore",
+        "eval",
+        "--model",
+        str(directory / "hf"),
+        "--device",
+        "cpu",
     ]
-    command += ["--include_path", str(EVAL / "tasks"), "--output_path", "out"]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
-    (results,) = (tmp_path / "out").rglob("*_results.json")
-    found = json.loads(results.read_text())["results"]["laver_demo"]
-    assert 0 <= found["exact_match,none"] <= 1
+    command += ["--tasks", "laver_demo", "--include-path", str(EVAL / "tasks"), "--batch-size", "3"]
+    command += ["--output", "out", "--trust-remote-code"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())["laver_demo"]["exact_match"]["value"]
+    assert found * len(docs) == pytest.approx(round(found * len(docs)))
+    assert done.stdout.splitlines()[1].split()[:3] == ["laver_demo", "exact_match", f"{found:.4f}"]

@@ -216,3 +216,20 @@ def test_an_image_behind_a_cache_is_refused(directory):
         ValueError, match=r"an image begins behind the .* tokens of the cache.*without past_key_values"
     ):
         model.generate(**more, past_key_values=out.past_key_values, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}],
+    ids=lambda how: next(iter(how)),
+)
+def test_ways_to_generate_agree(directory, how):
+    """Greedy tokens with a growing cache, against a cache of full size, tokens proposed by the prompt, and no cache."""
+    model, processor = load(directory / "hf-encoder-free")
+    text = processor.apply_chat_template(messages_of("<image>\nred"), add_generation_prompt=True)
+    batch = 1 if "prompt_lookup_num_tokens" in how else 2  # it knows batches of one alone
+    texts = [text, text + "blue"][:batch]
+    inputs = processor(text=texts, images=images_of(directory, batch), padding=True)
+    settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    wanted = model.generate(**inputs, **settings)
+    assert torch.equal(model.generate(**inputs, **settings, **how), wanted)

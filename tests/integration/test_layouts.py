@@ -3,10 +3,13 @@
 import math
 
 import pytest
+from long import LONG
 
 from integration.conftest import (
     FIRST_HALF,
     LAYOUTS,
+    LONG_LAYOUTS,
+    LONG_VARIANTS,
     SECOND_HALF,
     VARIANT_LAYOUTS,
     VARIANTS,
@@ -24,7 +27,11 @@ QUANTITIES = (
     "teacher_distance",
     "visual_similarity",
 )
-OTHERS = [pytest.param(name, marks=needs(name, "tp1")) for name in LAYOUTS if name != "tp1"]
+OTHERS = [
+    pytest.param(name, marks=[needs(name, "tp1"), *([LONG] if name in LONG_LAYOUTS else [])])
+    for name in LAYOUTS
+    if name != "tp1"
+]
 
 # fp32 rounds by 6e-8. A loss or a gradient is a sum of thousands of terms that round independently, and layouts add
 # them in another order: up to 4e-7 of a value was seen in the first two steps. From step to step that grows (2e-6 in
@@ -102,7 +109,14 @@ def test_second_moments_are_the_same(runs, layout):
 @pytest.mark.parametrize(
     ("variant", "layout"),
     [
-        pytest.param(variant, layout, marks=needs(f"{variant}-{layout}", f"{variant}-tp1"))
+        pytest.param(
+            variant,
+            layout,
+            marks=[
+                needs(f"{variant}-{layout}", f"{variant}-tp1"),
+                *([LONG] if (variant, layout) in LONG_VARIANTS else []),
+            ],
+        )
         for variant in VARIANTS
         for layout in VARIANT_LAYOUTS[1:]
     ],

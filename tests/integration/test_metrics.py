@@ -136,9 +136,9 @@ def test_trace_names_the_parts(runs, name):
 
 
 def test_line_in_megatrons_form():
-    from laver_mcore.train.metrics import format_iteration_line
+    from laver_mcore.train.lines import megatron_line
 
     row = {"iteration": 3, "learning_rate": 1e-3, "skipped": 0, "tflops_per_gpu": 412.34, "loss": 1.0}
-    line = format_iteration_line(row, 10, 4, 0.5)
+    line = megatron_line(row, 10, 4, 0.5)
     assert "| throughput per GPU (TFLOP/s/GPU): 412.3 |" in line
     assert "elapsed time per iteration (ms): 500.0 |" in line

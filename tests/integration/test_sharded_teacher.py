@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from long import LONG
 
 from integration.harness import torchrun
 
+pytestmark = LONG  # eight ranks
 SCENARIOS = {
     "tp2_pp2_dp2": "--train-iters 200 --momentum 0.99 --momentum-strategy constant --lr 1e-3 --global-batch-size 2 "
     "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 KERNELS = str(Path(__file__).resolve().parents[2] / "kernels")
 if importlib.util.find_spec("laver_kernels") is None:
     sys.path.insert(0, KERNELS)
+sys.path.append(KERNELS)  # the scripts beside the package
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON and not torch.cuda.is_available():

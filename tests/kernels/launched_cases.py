@@ -81,7 +81,8 @@ def launched(run: Any) -> dict[str, list[dict[str, str]]]:
 
 
 def run_all() -> None:
-    """Every operation once, at the argument types and divisibilities of the 7B model."""
+    """Every operation once, at the argument types and divisibilities of the 7B model; attention both ways."""
+    attention = importlib.import_module("laver_kernels.mixed_attention.triton")
     documents = ((text(100), image(120), text(36)),)
     problems: list[Problem] = [
         attention_problem("7B", documents, heads=(28, 4), head_dim=128, dtype=BF16),
@@ -91,6 +92,8 @@ def run_all() -> None:
     ]
     for problem in problems:
         outputs_and_gradients(problem, problem.ours, impl="triton")
+    attention.specialises = lambda device: True  # type: ignore
+    outputs_and_gradients(problems[0], problems[0].ours, impl="triton")
     average, source, copy = (torch.zeros(4096, dtype=dtype) for dtype in (torch.float32, BF16, BF16))
     ema_update_(average, source, 0.9, copy, impl="triton")
 

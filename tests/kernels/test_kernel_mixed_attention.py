@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from laver_kernels import mixed_attention, rope_table
+from laver_kernels import configs, mixed_attention, rope_table
+from laver_kernels.launch import specialises
 from laver_kernels.testing import attention_problem, check, outputs_and_gradients
 from laver_kernels.testing_masks import MASKS, image, intervals_of, positions_of, text
 
@@ -45,6 +46,53 @@ def test_without_rotation(impl, device, poison):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit(dtype, impl, device, poison, bf16_interpreter):
     check(attention_problem("16 bit", SMALL, padding=5, heads=(4, 2), dtype=dtype, device=device), impl)
+
+
+@pytest.mark.parametrize("name", ["adjacent images", "padding tail", "documents of every size"])
+def test_the_specialised_kernel(name, device, poison, monkeypatch):
+    """The warp-specialised forward, whose loop the interpreter runs as any other, and the backward after it."""
+    triton = pytest.importorskip("laver_kernels.mixed_attention.triton")
+    if device == "cuda" and not triton.specialises(torch.device(device)):
+        pytest.skip("not sm_90, or a Triton that does not specialise")
+    seen, launch = [], triton.launch
+    monkeypatch.setattr(
+        triton, "launch", lambda kernel, *more, **named: seen.append(kernel) or launch(kernel, *more, **named)
+    )
+    monkeypatch.setattr(triton, "specialises", lambda device: True)
+    monkeypatch.setattr(
+        triton,
+        "SPECIALISED_TILE",
+        configs.ATTENTION_INTERPRETER if device == "cpu" else configs.SPECIALISED_TILE,
+    )
+    documents, padding = MASKS[name]
+    problem = attention_problem(
+        name, documents, padding=padding, heads=(2, 1), head_dim=128, dtype=torch.float16, device=device
+    )
+    check(problem, "triton")
+    assert triton.attention_forward_specialised in seen
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "switch", "want"),
+    [
+        ("3.6.0", (9, 0), None, True),
+        ("3.9.1", (9, 0), "1", True),
+        ("3.5.1", (9, 0), None, False),
+        ("3.10.0", (9, 0), None, False),
+        ("3.7.1", (8, 0), None, False),
+        ("3.7.1", (10, 0), None, False),
+        ("3.7.1", (9, 0), "0", False),
+    ],
+)
+def test_where_warps_are_specialised(version, capability, switch, want, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.delenv("LAVER_WARP_SPECIALISE", raising=False)
+    if switch is not None:
+        monkeypatch.setenv("LAVER_WARP_SPECIALISE", switch)
+    assert specialises.__wrapped__(torch.device("cuda")) is want
+    assert not specialises.__wrapped__(torch.device("cpu"))
 
 
 def test_fp64_reference(device):

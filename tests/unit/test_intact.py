@@ -5,52 +5,25 @@ import errno
 import os
 import pickle
 import shutil
-import warnings
 import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-from sample_run import write_recipe, write_sample_data
 
 from laver_mcore.cli import inspect_checkpoint
-from laver_mcore.config.load import parse
 from laver_mcore.convert.distributed_checkpoint import CheckpointReader
-from laver_mcore.megatron import parallel, publishing
+from laver_mcore.megatron import publishing
 from laver_mcore.megatron.checkpoints import CheckpointError, SaveError
 from laver_mcore.megatron.intact import candidates, first_fault, newest_intact, saved_iterations, seal
 from laver_mcore.megatron.publishing import prune
 from laver_mcore.megatron.unpickling import nothing_runs
 from laver_mcore.train import checkpoint, saved_weights
-from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
 from laver_mcore.train.checkpoint import Progress
-from laver_mcore.train.step import train_step
 
 DATA = "these data"
 TRACKER = "latest_checkpointed_iteration.txt"
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    warnings.filterwarnings("ignore")
-    joined = dist.is_initialized()
-    device = parallel.init_distributed()
-    directory = tmp_path_factory.mktemp("data")
-    write_sample_data(directory, num_samples=12)
-    config = parse(["--config", str(write_recipe(directory))])[0]
-    topology = parallel.build_topology(config.parallel, device)
-    tokenizer = build_tokenizer(config)
-    engine = build_engine(config, topology, resolve_vocab_size(config, tokenizer))[0]
-    sizes = {"global_batch_size": 4, "micro_batch_size": 1, "image_share": (0, 1)}
-    train_step(
-        engine, build_data(config, tokenizer).step_batches(0, **sizes), 0
-    )  # which gives Adam its moments
-    yield engine
-    parallel.forget_groups()
-    if not joined:
-        parallel.shut_down()
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,17 @@ import triton.language as tl
 
 from laver_kernels.mixed_attention.tiles import (
     head_columns,
-    keep_visible,
+    hide,
     load_tile,
     phase_bounds,
+    reach_of,
     store_unrotated,
 )
 
 
 @triton.jit
 def _dq_over_keys(
-    dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens, start, end,
+    dq, q, dout, lse, delta, middle, reach, K, V, stride_kt, stride_vt, scale_log2, num_tokens, start, end,
     COLUMNS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
     MASK: tl.constexpr, CHECK_LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -31,9 +32,10 @@ def _dq_over_keys(
         key_start = tl.multiple_of(key_start, COLUMNS)
         k = load_tile(K, key_start, stride_kt, k_offset, key, column_ok, num_tokens, MASK, PAD)
         v = load_tile(V, key_start, stride_vt, v_offset, key, column_ok, num_tokens, MASK, PAD)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None]
         if MASK:
-            p = keep_visible(p, (key_start + key)[None, :], lo[:, None], hi[:, None], 0.0, CHECK_LOW)
+            score = hide(score, (key_start + key)[None, :], middle[:, None], reach[:, None], CHECK_LOW)
+        p = tl.exp2(score)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = (p * (dp - delta[:, None])).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
@@ -59,6 +61,7 @@ def attention_backward_dq(
     lo = tl.load(ROW_LO + row, mask=is_real, other=0)
     hi = tl.load(ROW_HI + row, mask=is_real, other=0)
     start, full_from, full_to, end = phase_bounds(lo, hi, is_real, num_keys, COLUMNS)
+    middle, reach = reach_of(lo, hi)
 
     column, column_ok = head_columns(HALF, HALF_PAD)
     PAD: tl.constexpr = HALF != HALF_PAD
@@ -84,15 +87,15 @@ def attention_backward_dq(
     V += tl.cast(group, tl.int64) * stride_vh
     dq = tl.zeros((ROWS, 2 * HALF_PAD), tl.float32)
     dq = _dq_over_keys(
-        dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_keys,
+        dq, q, dout, lse, delta, middle, reach, K, V, stride_kt, stride_vt, scale_log2, num_keys,
         start, full_from, COLUMNS, HALF, HALF_PAD, True, True, PRECISION,
     )  # fmt: skip
     dq = _dq_over_keys(
-        dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_keys,
+        dq, q, dout, lse, delta, middle, reach, K, V, stride_kt, stride_vt, scale_log2, num_keys,
         full_from, full_to, COLUMNS, HALF, HALF_PAD, False, False, PRECISION,
     )  # fmt: skip
     dq = _dq_over_keys(
-        dq, q, dout, lse, delta, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_keys,
+        dq, q, dout, lse, delta, middle, reach, K, V, stride_kt, stride_vt, scale_log2, num_keys,
         full_to, end, COLUMNS, HALF, HALF_PAD, True, False, PRECISION,
     )  # fmt: skip
     row64 = row.to(tl.int64)
@@ -104,7 +107,7 @@ def attention_backward_dq(
 
 @triton.jit
 def _dkdv_over_queries(
-    dk, dv, k, v, lo, hi, Q, DOUT, LSE, DELTA, stride_qt, stride_ot, scale_log2, num_tokens, start, end,
+    dk, dv, k, v, middle, reach, Q, DOUT, LSE, DELTA, stride_qt, stride_ot, scale_log2, num_tokens, start, end,
     ROWS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
     MASK: tl.constexpr, CHECK_LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -127,9 +130,10 @@ def _dkdv_over_queries(
             lse = tl.load(LSE + row)
             delta = tl.load(DELTA + row)
         # Transposed: keys down, queries across, so that both products below need no transposed operand.
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
+        score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :]
         if MASK:
-            p = keep_visible(p, row[None, :], lo[:, None], hi[:, None], 0.0, CHECK_LOW)
+            score = hide(score, row[None, :], middle[:, None], reach[:, None], CHECK_LOW)
+        p = tl.exp2(score)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
@@ -154,6 +158,7 @@ def attention_backward_dkdv(
     lo = tl.load(COL_LO + key, mask=is_real, other=0)
     hi = tl.load(COL_HI + key, mask=is_real, other=0)
     start, full_from, full_to, end = phase_bounds(lo, hi, is_real, num_tokens, ROWS)
+    middle, reach = reach_of(lo, hi)
 
     column, column_ok = head_columns(HALF, HALF_PAD)
     PAD: tl.constexpr = HALF != HALF_PAD
@@ -172,15 +177,15 @@ def attention_backward_dkdv(
         lse_head = LSE + tl.cast(head, tl.int64) * num_tokens
         delta_head = DELTA + tl.cast(head, tl.int64) * num_tokens
         dk, dv = _dkdv_over_queries(
-            dk, dv, k, v, lo, hi, q_head, dout_head, lse_head, delta_head, stride_qt, stride_ot, scale_log2,
+            dk, dv, k, v, middle, reach, q_head, dout_head, lse_head, delta_head, stride_qt, stride_ot, scale_log2,
             num_tokens, start, full_from, ROWS, HALF, HALF_PAD, True, True, PRECISION,
         )  # fmt: skip
         dk, dv = _dkdv_over_queries(
-            dk, dv, k, v, lo, hi, q_head, dout_head, lse_head, delta_head, stride_qt, stride_ot, scale_log2,
+            dk, dv, k, v, middle, reach, q_head, dout_head, lse_head, delta_head, stride_qt, stride_ot, scale_log2,
             num_tokens, full_from, full_to, ROWS, HALF, HALF_PAD, False, False, PRECISION,
         )  # fmt: skip
         dk, dv = _dkdv_over_queries(
-            dk, dv, k, v, lo, hi, q_head, dout_head, lse_head, delta_head, stride_qt, stride_ot, scale_log2,
+            dk, dv, k, v, middle, reach, q_head, dout_head, lse_head, delta_head, stride_qt, stride_ot, scale_log2,
             num_tokens, full_to, end, ROWS, HALF, HALF_PAD, True, False, PRECISION,
         )  # fmt: skip
     num_groups = tl.num_programs(1)

@@ -7,12 +7,37 @@ Running maxima start at a large finite number: a row that has seen nothing yet m
 import triton
 import triton.language as tl
 
-from laver_kernels.mixed_attention.tiles import head_columns, keep_visible, load_tile, phase_bounds
+from laver_kernels.mixed_attention.tiles import LOWEST, head_columns, hide, load_tile, phase_bounds, reach_of
+
+
+@triton.jit
+def fold(acc, row_sum, row_max, score, v, scale_log2, PRECISION: tl.constexpr):
+    """One step of the running softmax: hidden scores lie below LOWEST and come to nothing."""
+    new_max = tl.maximum(row_max, tl.max(score, 1) * scale_log2)
+    p = tl.exp2(score * scale_log2 - new_max[:, None])
+    decay = tl.exp2(row_max - new_max)
+    row_sum = row_sum * decay + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, row_sum, new_max
+
+
+@triton.jit
+def finish(
+    acc, row_sum, row_max, out, lse, row_start, row, is_real, column, column_ok, stride_ot, ROWS: tl.constexpr
+):
+    """Divides by the sums and stores a tile of the output and of the log-sum-exps in base 2."""
+    has_keys = row_sum > 0
+    divisor = tl.where(has_keys, row_sum, 1.0)
+    out += tl.cast(row_start, tl.int64) * stride_ot
+    offset = tl.arange(0, ROWS)[:, None] * stride_ot + column[None, :]
+    ok = is_real[:, None] & column_ok[None, :]
+    tl.store(out + offset, (acc / divisor[:, None]).to(out.dtype.element_ty), mask=ok)
+    tl.store(lse + row, tl.where(has_keys, row_max + tl.log2(divisor), float("inf")), mask=is_real)
 
 
 @triton.jit
 def _attend_keys(
-    acc, row_sum, row_max, q, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_tokens, start, end,
+    acc, row_sum, row_max, q, middle, reach, K, V, stride_kt, stride_vt, scale_log2, num_tokens, start, end,
     COLUMNS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
     MASK: tl.constexpr, CHECK_LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -27,16 +52,9 @@ def _attend_keys(
         k = load_tile(K, key_start, stride_kt, k_offset, key, column_ok, num_tokens, MASK, PAD)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASK:
-            at = (key_start + key)[None, :]
-            score = keep_visible(score, at, lo[:, None], hi[:, None], -float("inf"), CHECK_LOW)
-        new_max = tl.maximum(row_max, tl.max(score, 1) * scale_log2)
-        p = tl.exp2(score * scale_log2 - new_max[:, None])
-        decay = tl.exp2(row_max - new_max)
-        row_sum = row_sum * decay + tl.sum(p, 1)
-        acc = acc * decay[:, None]
+            score = hide(score, (key_start + key)[None, :], middle[:, None], reach[:, None], CHECK_LOW)
         v = load_tile(V, key_start, stride_vt, v_offset, key, column_ok, num_tokens, MASK, PAD)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        row_max = new_max
+        acc, row_sum, row_max = fold(acc, row_sum, row_max, score, v, scale_log2, PRECISION)
     return acc, row_sum, row_max
 
 
@@ -69,25 +87,22 @@ def attention_forward(
     V += tl.cast(group, tl.int64) * stride_vh
     acc = tl.zeros((ROWS, 2 * HALF_PAD), tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
-    row_max = tl.full((ROWS,), -1e30, tl.float32)
+    row_max = tl.full((ROWS,), LOWEST, tl.float32)
+    middle, reach = reach_of(lo, hi)
     acc, row_sum, row_max = _attend_keys(
-        acc, row_sum, row_max, q, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_keys,
+        acc, row_sum, row_max, q, middle, reach, K, V, stride_kt, stride_vt, scale_log2, num_keys,
         start, full_from, COLUMNS, HALF, HALF_PAD, True, True, PRECISION,
     )  # fmt: skip
     acc, row_sum, row_max = _attend_keys(
-        acc, row_sum, row_max, q, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_keys,
+        acc, row_sum, row_max, q, middle, reach, K, V, stride_kt, stride_vt, scale_log2, num_keys,
         full_from, full_to, COLUMNS, HALF, HALF_PAD, False, False, PRECISION,
     )  # fmt: skip
     acc, row_sum, row_max = _attend_keys(
-        acc, row_sum, row_max, q, lo, hi, K, V, stride_kt, stride_vt, scale_log2, num_keys,
+        acc, row_sum, row_max, q, middle, reach, K, V, stride_kt, stride_vt, scale_log2, num_keys,
         full_to, end, COLUMNS, HALF, HALF_PAD, True, False, PRECISION,
     )  # fmt: skip
 
-    has_keys = row_sum > 0
-    divisor = tl.where(has_keys, row_sum, 1.0)
-    out = OUT + tl.cast(row_start, tl.int64) * stride_ot + head * (2 * HALF)
-    out_ok = is_real[:, None] & column_ok[None, :]
-    out_offset = row_in_tile[:, None] * stride_ot + column[None, :]
-    tl.store(out + out_offset, (acc / divisor[:, None]).to(OUT.dtype.element_ty), mask=out_ok)
-    lse = tl.where(has_keys, row_max + tl.log2(divisor), float("inf"))
-    tl.store(LSE + tl.cast(head, tl.int64) * num_tokens + row, lse, mask=is_real)
+    finish(
+        acc, row_sum, row_max, OUT + head * (2 * HALF), LSE + tl.cast(head, tl.int64) * num_tokens, row_start, row,
+        is_real, column, column_ok, stride_ot, ROWS,
+    )  # fmt: skip

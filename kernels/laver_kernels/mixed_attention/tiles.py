@@ -7,6 +7,9 @@ the rotation always stands HALF_PAD columns apart; all kernels use this order, a
 import triton
 import triton.language as tl
 
+HALF_TOKEN = tl.constexpr(2.0**99)
+LOWEST = tl.constexpr(-(2.0**80))  # where running maxima start: below all scores, above all hidden ones
+
 
 @triton.jit
 def head_columns(HALF: tl.constexpr, HALF_PAD: tl.constexpr):
@@ -34,12 +37,22 @@ def load_tile(
 
 
 @triton.jit
-def keep_visible(value, at, lo, hi, hidden, CHECK_LOW: tl.constexpr):
-    """`value` where `at` lies in [lo, hi), else `hidden`; without CHECK_LOW `lo` is known to hold."""
-    sees = at < hi
-    if CHECK_LOW:
-        sees = sees & (at >= lo)
-    return tl.where(sees, value, hidden)
+def reach_of(lo, hi):
+    """Middle and half width of intervals [lo, hi), in units so large that no score comes near the distance of half a
+    token; exact below 2^23 tokens."""
+    return (lo + hi - 1).to(tl.float32) * HALF_TOKEN, (hi - lo).to(tl.float32) * HALF_TOKEN
+
+
+@triton.jit
+def hide(score, at, middle, reach, CHECK_LOW: tl.constexpr):
+    """`score` where `at` lies within `reach` of `middle`, else far below any score; without CHECK_LOW below suffices.
+
+    A minimum with the distance to the interval's end takes three instructions, two of them on the float lanes, which
+    are idle; comparing with both ends and selecting takes four on the others.
+    """
+    place = at.to(tl.float32) * (2 * HALF_TOKEN)
+    bound = reach - tl.abs(place - middle) if CHECK_LOW else middle + reach - place
+    return tl.minimum(score, bound, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -4,23 +4,27 @@ import functools
 import math
 
 import torch
+import triton
 from torch import Tensor
 
-from laver_kernels.configs import architecture, attention_tile, padded
+from laver_kernels.configs import SPECIALISED_TILE, architecture, attention_tile, padded
 from laver_kernels.launch import (
     cdiv,
+    descriptor_memory,
     dot_precision,
     inner_contiguous,
     launch,
     on_device_of,
     regular,
     runs_directly,
+    specialises,
     want_kernel_dtype,
 )
 from laver_kernels.mixed_attention.backward_kernels import attention_backward_dkdv, attention_backward_dq
 from laver_kernels.mixed_attention.forward_kernel import attention_forward
 from laver_kernels.mixed_attention.intervals import Intervals
 from laver_kernels.mixed_attention.rotation_kernels import combine_partials, rotate_queries_and_keys
+from laver_kernels.mixed_attention.specialised_kernel import attention_forward_specialised
 
 LOG2_E = math.log2(math.e)
 ELEMENTWISE_ROWS = 16
@@ -69,12 +73,19 @@ def forward(
     q, k, v = (inner_contiguous(x) for x in (q_THD, k_TGD, v_TGD))
     out_THD = torch.empty(q_THD.shape, dtype=q.dtype, device=q.device)
     lse_HT = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
-    tile = attention_tile("forward", architecture(q.device), head_dim, q.dtype)
     half = head_dim // 2
     bounds = (row_lo_T.contiguous(), row_hi_T.contiguous())
     tensors = (q, k, v, *bounds) if cos_TF is None or sin_TF is None else (q, k, v, *bounds, cos_TF, sin_TF)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], num_heads * head_dim)
     key = regular(tensors, strides, (num_tokens, k.shape[0]))
+    constants = {"GROUP": num_heads // num_groups, "HALF": half, "PRECISION": dot_precision(q.dtype)}
+    # Descriptors want aligned rows; four-byte values have no tile that fits.
+    if key is not None and head_dim == 128 and q.dtype.itemsize == 2 and specialises(q.device):
+        kernel, tile = attention_forward_specialised, SPECIALISED_TILE
+        triton.set_allocator(descriptor_memory)
+    else:
+        kernel, tile = attention_forward, attention_tile("forward", architecture(q.device), head_dim, q.dtype)
+        constants["HALF_PAD"] = padded(head_dim) // 2
     with on_device_of(q):
         if cos_TF is not None and sin_TF is not None:
             q, k = _rotated(q, k, cos_TF.contiguous(), sin_TF.contiguous(), key)
@@ -82,13 +93,11 @@ def forward(
         else:
             saved = (q.new_empty(0), q.new_empty(0))
         launch(
-            attention_forward, (cdiv(num_tokens, tile.rows), num_heads, 1), key,
+            kernel, (cdiv(num_tokens, tile.rows), num_heads, 1), key,
             q, k, v, out_THD, lse_HT, *bounds,
             softmax_scale * LOG2_E, num_tokens, k.shape[0],
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out_THD.stride(0),
-            GROUP=num_heads // num_groups, ROWS=tile.rows, COLUMNS=tile.columns,
-            HALF=half, HALF_PAD=padded(head_dim) // 2, PRECISION=dot_precision(q.dtype),
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **constants, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return out_THD, lse_HT, *saved
 

@@ -201,7 +201,7 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         `generate` prepares both. `image_grids` [I, 2] are the (rows, columns) of the images.
         """
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if position_ids is None or image_ids is None:
             if past:
                 raise ValueError(
@@ -219,6 +219,9 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
             embeds = embeds.masked_scatter((image_ids >= 0)[..., None], visual)
         mask = mixed_mask(image_ids, attention_mask, past, self.config.mixed_attention, embeds.dtype)
+        if past_key_values is not None:  # a static cache has room for tokens that are not there yet
+            num_keys, _ = past_key_values.get_mask_sizes(input_ids.shape[1], 0)
+            mask = nn.functional.pad(mask, (0, num_keys - mask.shape[-1]), value=torch.finfo(mask.dtype).min)
         outputs = self.model(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -257,7 +260,7 @@ class LaverForConditionalGeneration(PreTrainedModel, GenerationMixin):
         **_,
     ) -> dict:
         """What is new since the cache ends, with positions counted over the whole sequences."""
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         grids = self._grids(input_ids, image_grids)
         position_ids, image_ids = lay_out(input_ids, attention_mask, grids, self.config)
         new = slice(past, None)

@@ -92,9 +92,6 @@ def flatten(images: Any) -> list[Image.Image]:
 class LaverProcessor(ProcessorMixin):
     """`processor(text=..., images=...)`; the text comes from `apply_chat_template`."""
 
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
     ) -> None:

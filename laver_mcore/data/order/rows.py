@@ -67,6 +67,11 @@ class RowOrder:
         with self._lock:
             return len(self._rows(epoch))
 
+    def samples_per_epoch(self, epoch: int) -> int:
+        """Samples in an epoch; with weights, some of them more than once."""
+        with self._lock:
+            return len(self._rows(epoch).members)
+
     def row(self, index: int) -> list[int]:
         """The samples (numbers) of row `index`."""
         with self._lock:

@@ -34,6 +34,7 @@ Format = Literal["llava", "llava-onevision", "finevision", "webdataset"]
 Corpus = JsonSource | ParquetSource | WebDatasetSource
 REJECTS = "rejects.jsonl"
 _PROGRESS = ".prepare"  # what is done, until all is
+_IDENTITY = "identity"
 _VERSION = 1
 _MAX_SHARDS = 9999
 
@@ -94,11 +95,12 @@ def convert(
     Raises DataError for a folder of another set, and when more than `max_bad_fraction` of the records are
     rejected (those that a filter leaves out not counted); then there is no manifest.
     """
-    output.mkdir(parents=True, exist_ok=True)
     progress = output / _PROGRESS
     identity = _identity(source, options)
-    _claim(output, progress, identity)
+    _check_claim(output, progress / _IDENTITY, identity)
     tasks = _plan(source, output, options)
+    progress.mkdir(parents=True, exist_ok=True)  # not before there is something to convert
+    (progress / _IDENTITY).write_text(identity, encoding="ascii")
     missing = [task for task in tasks if not (progress / f"{task.path.stem}.json").is_file()]
     total = sum(len(task.locators) for task in tasks)
     done = total - sum(len(task.locators) for task in missing)
@@ -134,9 +136,8 @@ def _identity(source: Corpus, options: ConvertOptions) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _claim(output: Path, progress: Path, identity: str) -> None:
-    """Make sure that what lies in `output` already belongs to this very conversion."""
-    marker = progress / "identity"
+def _check_claim(output: Path, marker: Path, identity: str) -> None:
+    """Refuse an `output` in which something lies that is not this very conversion's."""
     if marker.is_file():
         if marker.read_text(encoding="ascii") != identity:
             raise DataError(
@@ -144,9 +145,6 @@ def _claim(output: Path, progress: Path, identity: str) -> None:
             )
     elif any(output.glob("*.tar")):
         raise DataError(f"{output}: holds tar files already; give another --output")
-    else:
-        progress.mkdir(exist_ok=True)
-        marker.write_text(identity, encoding="ascii")
 
 
 def _plan(source: Corpus, output: Path, options: ConvertOptions) -> list[_ShardTask]:

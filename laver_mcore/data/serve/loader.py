@@ -139,6 +139,10 @@ class DialogueData:
         """Packed rows in an epoch; it varies a little, because every epoch is packed anew."""
         return self._order.rows_per_epoch(epoch)
 
+    def samples_per_epoch(self, epoch: int) -> int:
+        """Dialogues in an epoch; with weights, some of them more than once."""
+        return self._order.samples_per_epoch(epoch)
+
     def row(self, index: int) -> list[int]:
         """The samples (indices into `samples`) of one row of the endless concatenation of epochs."""
         return self._order.row(index)

@@ -16,6 +16,7 @@ PACKAGE = "laver_mcore"
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config": (),
     "device": (),
+    "page": (),
     "processes": (),
     "shapes": ("config",),
     "megatron": ("config", "processes"),
@@ -76,7 +77,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "validation": ("config", "data", "device", "generate", "model", "objectives.next_token", "train"),
     "plan": ("accounting", "config"),
     "demo": (),
-    "diagnose": ("convert.export", "convert.reference"),
+    "diagnose": ("convert.export", "convert.reference", "page"),
+    "evaluation": (),
     "cli": (
         "accounting",
         "config",
@@ -87,6 +89,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "laver_kernels",
         "megatron",
         "model",
+        "page",
         "shapes",
         "train",
         "validation",

@@ -8,9 +8,10 @@ import pytest
 from corpora import write_finevision
 from sample_run import write_recipe, write_sample_data
 
-from laver_mcore.cli.run import skip_ahead
+from laver_mcore.cli.run import passes, skip_ahead
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse
+from laver_mcore.config.schema import TrainConfig
 from laver_mcore.data.images.native import native_processor
 from laver_mcore.data.records.finevision import RatingFilter
 from laver_mcore.train import build
@@ -54,6 +55,20 @@ def test_packing_window_and_cost_change_the_rows(folder):
     assert rows[:4] != rows[4:]
     costs = {plain.row_cost(row) for row in range(8)}
     assert len(costs) > 1 and min(costs) > 128  # a row's tokens, and what its dialogues add
+
+
+def test_without_packing_a_row_is_a_dialogue(folder):
+    """So a step of four rows is four dialogues, and each is seen once in an epoch."""
+    data = data_of(folder, "--no-packing")
+    rows = [data.row(row) for row in range(data.rows_per_epoch(0))]
+    assert data.rows_per_epoch(0) == data.samples_per_epoch(0) == len(data.samples)
+    assert all(len(row) == 1 for row in rows) and len({row[0] for row in rows}) == len(rows)
+    packed = data_of(folder)
+    assert packed.rows_per_epoch(0) < packed.samples_per_epoch(0) == len(packed.samples)
+    four = TrainConfig(global_batch_size=4, train_iters=len(rows))
+    assert passes(four, data) == "about 4 dialogues a step, 4.00 epochs in all"
+    rate = 4 * len(rows) / packed.rows_per_epoch(0)
+    assert passes(four, packed) == f"about {rate:.0f} dialogues a step, {rate:.2f} epochs in all"
 
 
 @pytest.mark.parametrize("bounds", [(None, None), (28 * 28, 40_000), (None, 40_000), (300_000, None)])

@@ -66,6 +66,7 @@ def test_torchrun_on_every_node_meets_on_the_first_and_resumes(launch):
         "--nnodes=2",
         "--nproc-per-node=4",
         "--rdzv-endpoint=node7:21234",
+        "--max-restarts=3",
         "python3 -m torch.distributed.run",
         "pretrain_laver.py --config recipe.yaml --save runs/a --load runs/a",
         "--tensor-model-parallel-size 4",

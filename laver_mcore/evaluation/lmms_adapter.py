@@ -12,7 +12,7 @@ from lmms_eval.api.registry import register_model
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
 
-from laver_eval.answering import AnsweringModel, Messages
+from laver_mcore.evaluation.answering import AnsweringModel, Messages
 
 
 @register_model("laver")
@@ -103,4 +103,4 @@ def model_manifest() -> Any:
     """What lmms-eval's entry point `lmms_eval.models` asks for."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id="laver", chat_class_path="laver_eval.lmms_adapter.Laver")
+    return ModelManifest(model_id="laver", chat_class_path="laver_mcore.evaluation.lmms_adapter.Laver")

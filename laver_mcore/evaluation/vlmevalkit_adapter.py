@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 from vlmeval.vlm.base import BaseModel
 
-from laver_eval.answering import AnsweringModel
+from laver_mcore.evaluation.answering import AnsweringModel
 
 
 class Laver(BaseModel):
