@@ -27,6 +27,7 @@ TORCH ?= 'torch>=2.11'
 endif
 TORCH_PIP_ARGS ?=
 DEMO_ARGS ?=
+ABLATION_ARGS ?=
 TEST_ARGS ?=
 MUTANTS_ARGS ?=
 BENCH_ARGS ?=
@@ -50,6 +51,9 @@ setup-data: setup $(STAMPS)/data ## the same with DALI, pyarrow and webdataset (
 
 demo: setup ## prepare the data, train with and without LaVer, evaluate, write runs/demo/report.md
 	@$(BIN)/python tools/run_demo.py $(DEMO_ARGS)
+
+ablation: setup ## what each part of the method does, over seeds and tasks; writes runs/ablation/summary.json
+	@$(BIN)/python tools/reproduce_ablation.py $(ABLATION_ARGS)
 
 # Two workers, a whole file each: the files that start process groups wait for each other's ranks most of the time.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -44,12 +44,12 @@ JPEG_QUALITY = 95
 
 
 def compose_pages(
-    counts: dict[str, int], photograph_share: float, page_side: int, seed: int
+    counts: dict[str, int], photograph_share: float, page_side: int, num_named_scans: int, seed: int
 ) -> dict[str, list[Page]]:
     """The pages of every kind, so many of each; a share of the unnamed ones are photographs."""
     photographs = load_photographs()
     training, heldout = load_scans(page_side=page_side)
-    scans = {"named": training.first(NUM_NAMED_SCANS), "unnamed": training, "heldout": heldout}
+    scans = {"named": training.first(num_named_scans), "unnamed": training, "heldout": heldout}
     pages: dict[str, list[Page]] = {}
     for number, (kind, count) in enumerate(counts.items()):
         rng = np.random.default_rng([seed, number])
@@ -106,13 +106,14 @@ def prepare(
     num_heldout: int = 240,
     photograph_share: float = 0.06,
     page_side: int = PAGE_SIDE_PIXELS,
+    num_named_scans: int = NUM_NAMED_SCANS,
     seed: int = 0,
 ) -> int:
     """Write everything under `output`, in place of what an earlier call wrote; return the vocabulary size."""
     shutil.rmtree(output / "images", ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     counts = {"named": -(-num_pages // 2), "unnamed": num_pages // 2, "heldout": num_heldout}
-    pages = compose_pages(counts, photograph_share, page_side, seed)
+    pages = compose_pages(counts, photograph_share, page_side, num_named_scans, seed)
     texts = write_conversations(pages, write_images(pages, output), output, seed)
     return train_tokenizer(texts, output / "tokenizer.model")
 
@@ -127,16 +128,24 @@ def main() -> None:
     )
     parser.add_argument("--heldout", type=int, default=240, help="held-out pages (default: 240)")
     parser.add_argument("--page-side", type=int, default=PAGE_SIDE_PIXELS, help="pixels (default: 48)")
+    parser.add_argument(
+        "--named-scans",
+        type=int,
+        default=NUM_NAMED_SCANS,
+        help="scans that the text ever names (default: 150)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    if arguments.pages < 1 or arguments.heldout < 1:
-        parser.error(f"--pages {arguments.pages} --heldout {arguments.heldout}: give at least one of each")
+    for flag in ("pages", "heldout", "named_scans"):
+        if getattr(arguments, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(arguments, flag)}: give at least one")
     try:
         vocab_size = prepare(
             arguments.output,
             num_pages=arguments.pages,
             num_heldout=arguments.heldout,
             page_side=arguments.page_side,
+            num_named_scans=arguments.named_scans,
             seed=arguments.seed,
         )
     except (ValueError, OSError, ImportError) as error:

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -168,8 +168,13 @@ def run(config: Config) -> int:
     return 0
 
 
-def train_run(config: Config, device: torch.device) -> Engine:
-    """The run inside process groups that are joined already; returns the trained engine."""
+def train_run(
+    config: Config, device: torch.device, watch: Callable[[Engine], Validation] | None = None
+) -> Engine:
+    """The run inside process groups that are joined already; returns the trained engine.
+
+    What `watch` makes of the engine is asked for metrics in place of the recipe's own validation.
+    """
     check_world(config, dist.get_world_size())
     check_machine(config, device)
     check_save_folder(config)
@@ -179,7 +184,9 @@ def train_run(config: Config, device: torch.device) -> Engine:
     held_out = build_held_out(config, tokenizer, device)
     topology = parallel.build_topology(config.parallel, device)
     engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer), tokenizer)
-    validation = None if held_out is None else held_out.validator(engine, data.fingerprint())
+    validation: Validation | None = None if watch is None else watch(engine)
+    if validation is None and held_out is not None:
+        validation = held_out.validator(engine, data.fingerprint())
     progress = _resume(engine, config, data.fingerprint())
     progress = skip_ahead(progress, config)
     if progress.iteration > config.train.train_iters:
