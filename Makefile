@@ -61,7 +61,7 @@ test-fast: setup ## those that answer within two minutes: no process groups, not
 	@$(PYTEST) -q --ignore tests/integration --ignore tests/gpu -m 'not slow' $(TEST_ARGS)
 
 test-long: setup ## the tests that take minutes each: kills at random moments, the first hour rehearsed
-	@LAVER_LONG=1 $(BIN)/python -m pytest -k 'five_kills or rehearsal or silent_rank or trains_and_is_exported or trains_under_layouts or lies_elsewhere or sigterm_saves or (diagnose and command_line) or doctored' $(TEST_ARGS)
+	@LAVER_LONG=1 $(BIN)/python -m pytest -k 'five_kills or rehearsal or silent_rank or trains_and_is_exported or trains_under_layouts or lies_elsewhere or sigterm_saves or (diagnose and command_line) or doctored or model_predicts' $(TEST_ARGS)
 
 test-all: setup-data $(STAMPS)/test-all ## the tests, with every library that some of them need
 	@$(PYTEST) $(TEST_ARGS)
