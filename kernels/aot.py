@@ -48,6 +48,7 @@ class Measured:
     registers: int
     shared_bytes: int
     programs: int
+    instructions: int
     matrix: int
     hgmma: int
     async_copies: int
@@ -88,6 +89,7 @@ def compile_case(case: Case) -> Measured:
         registers=registers,
         shared_bytes=shared,
         programs=programs,
+        instructions=len(code.instructions),
         matrix=sum(instruction.is_matrix for instruction in code.instructions),
         hgmma=sum(instruction.name == "HGMMA" for instruction in code.instructions),
         async_copies=sum(instruction.name in ("LDGSTS", "UTMALDG") for instruction in code.instructions),

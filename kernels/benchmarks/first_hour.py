@@ -78,11 +78,16 @@ def run_step(step: Step, folder: Path, minutes: float) -> dict:
 
 
 def compare(rows: list[dict], predicted: dict[str, float]) -> list[str]:
-    """Measured rate against the predicted one, TF/s, for every case that has a prediction."""
+    """Measured rate against the predicted one, TF/s, for every case that has a prediction.
+
+    `predicted` are shares of the rate of a bare matrix product, as measured in the same run.
+    """
     lines = []
     for row in rows:
-        want = predicted.get(f"{row['operation']}, {row['case']}, {row['direction']}")
-        if want is not None:
+        share = predicted.get(f"{row['operation']}, {row['case']}, {row['direction']}")
+        peak = row.get("peaks", {}).get("teraflops")
+        if share is not None and peak is not None:
+            want = share * peak
             ratio = row["rate"] / want
             lines.append(
                 f"{row['case']} {row['direction']}: {row['rate']:.0f} measured, {want:.0f} predicted, {ratio:.2f}"
@@ -90,9 +95,18 @@ def compare(rows: list[dict], predicted: dict[str, float]) -> list[str]:
     return lines
 
 
-def read_predictions(path: Path) -> dict[str, float]:
-    """`{"operation, case, direction": TF/s}` as the model writes it; empty where it has written none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def read_predictions(path: Path, arch: str | None) -> dict[str, float]:
+    """`{"operation, case, direction": share of the peak}` for an architecture, as `predict.py` writes it."""
+    return json.loads(path.read_text(encoding="utf-8")).get(arch, {}) if path.is_file() else {}
+
+
+def architecture() -> str | None:
+    """This GPU's own architecture; None without one."""
+    import torch  # seconds, and of use here alone
+
+    if not torch.cuda.is_available():
+        return None
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
 def summary(done: dict[str, dict], folder: Path) -> str:
@@ -106,9 +120,9 @@ def summary(done: dict[str, dict], folder: Path) -> str:
         )
     rows = [row for path in (folder / "results").glob("*.json") for row in json.loads(path.read_text())]
     lines.append(f"{len(rows)} rows of results")
-    compared = compare(rows, read_predictions(HERE / "predictions.json"))
+    compared = compare(rows, read_predictions(HERE / "predictions.json", architecture()))
     lines += compared or [
-        "no prediction to compare with (kernels/benchmarks/predictions.json), or nothing measured"
+        "nothing measured, or no prediction for this GPU (kernels/benchmarks/predictions.json)"
     ]
     return "\n".join(lines) + "\n"
 

@@ -83,8 +83,18 @@ def test_measured_is_set_against_predicted(first_hour):
         "case": "causal, T=8192, TP=1",
         "direction": "forward",
         "rate": 450.0,
+        "peaks": {"teraflops": 800.0},
     }
-    predicted = {"mixed_attention, causal, T=8192, TP=1, forward": 500.0}
-    assert first_hour.compare([row, row | {"case": "other"}], predicted) == [
+    predicted = {"mixed_attention, causal, T=8192, TP=1, forward": 0.625}
+    rows = [row, row | {"case": "other"}, row | {"peaks": {}}]
+    assert first_hour.compare(rows, predicted) == [
         "causal, T=8192, TP=1 forward: 450 measured, 500 predicted, 0.90"
     ]
+
+
+def test_predictions_are_those_of_this_gpu(first_hour, tmp_path):
+    path = tmp_path / "predictions.json"
+    assert first_hour.read_predictions(path, "sm_90") == {}
+    path.write_text('{"sm_90": {"a, b, forward": 0.5}}')
+    assert first_hour.read_predictions(path, "sm_90") == {"a, b, forward": 0.5}
+    assert first_hour.read_predictions(path, "sm_80") == first_hour.read_predictions(path, None) == {}

@@ -34,7 +34,7 @@ def _dq_over_keys(
         v = load_tile(V, key_start, stride_vt, v_offset, key, column_ok, num_tokens, MASK, PAD)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None]
         if MASK:
-            score = hide(score, (key_start + key)[None, :], middle[:, None], reach[:, None], CHECK_LOW)
+            score = hide(score, key_start, key[None, :], middle[:, None], reach[:, None], CHECK_LOW)
         p = tl.exp2(score)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = (p * (dp - delta[:, None])).to(k.dtype)
@@ -132,7 +132,7 @@ def _dkdv_over_queries(
         # Transposed: keys down, queries across, so that both products below need no transposed operand.
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :]
         if MASK:
-            score = hide(score, row[None, :], middle[:, None], reach[:, None], CHECK_LOW)
+            score = hide(score, row_start, row_in_tile[None, :], middle[:, None], reach[:, None], CHECK_LOW)
         p = tl.exp2(score)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)

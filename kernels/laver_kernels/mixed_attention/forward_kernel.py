@@ -52,7 +52,7 @@ def _attend_keys(
         k = load_tile(K, key_start, stride_kt, k_offset, key, column_ok, num_tokens, MASK, PAD)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASK:
-            score = hide(score, (key_start + key)[None, :], middle[:, None], reach[:, None], CHECK_LOW)
+            score = hide(score, key_start, key[None, :], middle[:, None], reach[:, None], CHECK_LOW)
         v = load_tile(V, key_start, stride_vt, v_offset, key, column_ok, num_tokens, MASK, PAD)
         acc, row_sum, row_max = fold(acc, row_sum, row_max, score, v, scale_log2, PRECISION)
     return acc, row_sum, row_max

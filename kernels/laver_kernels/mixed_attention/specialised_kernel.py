@@ -51,7 +51,7 @@ def attention_forward_specialised(
     row_max = tl.full((ROWS,), LOWEST, tl.float32)
     for key_start in tl.range(start, end, COLUMNS, warp_specialize=True):
         score = tl.dot(q, k_rows.load([key_start, 0]).T, input_precision=PRECISION)
-        score = hide(score, (key_start + key)[None, :], middle[:, None], reach[:, None], True)
+        score = hide(score, key_start, key[None, :], middle[:, None], reach[:, None], True)
         v = v_rows.load([key_start, 0])
         acc, row_sum, row_max = fold(acc, row_sum, row_max, score, v, scale_log2, PRECISION)
     column = tl.arange(0, D)

@@ -44,13 +44,14 @@ def reach_of(lo, hi):
 
 
 @triton.jit
-def hide(score, at, middle, reach, CHECK_LOW: tl.constexpr):
-    """`score` where `at` lies within `reach` of `middle`, else far below any score; without CHECK_LOW below suffices.
+def hide(score, start, offset, middle, reach, CHECK_LOW: tl.constexpr):
+    """`score` where `start + offset` lies within `reach` of `middle`, else far below all scores; without CHECK_LOW
+    below the upper end is enough.
 
     A minimum with the distance to the interval's end takes three instructions, two of them on the float lanes, which
     are idle; comparing with both ends and selecting takes four on the others.
     """
-    place = at.to(tl.float32) * (2 * HALF_TOKEN)
+    place = (tl.cast(start, tl.float32) + offset.to(tl.float32)) * (2 * HALF_TOKEN)
     bound = reach - tl.abs(place - middle) if CHECK_LOW else middle + reach - place
     return tl.minimum(score, bound, propagate_nan=tl.PropagateNan.ALL)
 

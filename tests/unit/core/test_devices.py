@@ -8,7 +8,7 @@ import pytest
 
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.megatron.devices import DeviceFacts, check_devices
-from laver_mcore.megatron.optimizer import _count_in_whole_steps
+from laver_mcore.megatron.optimizer_state import _count_in_whole_steps
 from laver_mcore.model import layer_spec
 from tools.run_demo import ranks_for
 
