@@ -2,12 +2,11 @@
 
 import csv
 import json
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 import torch
+from browser import NEEDS_BROWSER, opened
 from long import LONG
 from PIL import Image
 from sample_run import write_recipe, write_sample_data
@@ -20,7 +19,6 @@ from laver_mcore.diagnose.encoder import Encoder
 from laver_mcore.diagnose.page import page
 from laver_mcore.diagnose.reading import Question, read, shuffled, table
 
-BROWSER = shutil.which("chromium")
 LAYERS = [
     {"layer": 1.0, "visual_similarity": 0.25, "head_0": 9.0},
     {"layer": 2.0, "visual_similarity": 0.75, "head_0": 10.0},
@@ -126,7 +124,7 @@ def test_command_line(directory):
     assert len(refused.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+@NEEDS_BROWSER
 def test_a_browser_sorts_a_table_by_number(tmp_path):
     """A click on head 0 and another: 10 stands before 9."""
     text = page({"one <b>": LAYERS}, {"one <b>": {"as it is": 0.5}}, {})
@@ -135,15 +133,7 @@ def test_a_browser_sorts_a_table_by_number(tmp_path):
         'heads[2].click(); heads[2].click(); document.title = "sorted"}</script>'
     )
     (tmp_path / "page.html").write_text(text + clicks, encoding="utf-8")
-    argv = [
-        str(BROWSER),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path}/profile",
-    ]
-    argv += ["--dump-dom", f"file://{tmp_path}/page.html"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
-    assert "<title>sorted</title>" in done.stdout
-    assert 0 < done.stdout.rindex('data-value="10.0"') < done.stdout.rindex('data-value="9.0"')
-    assert "one &lt;b&gt;, layer 2: 0.75" in done.stdout
+    found = opened(tmp_path / "page.html")
+    assert "<title>sorted</title>" in found
+    assert 0 < found.rindex('data-value="10.0"') < found.rindex('data-value="9.0"')
+    assert "one &lt;b&gt;, layer 2: 0.75" in found

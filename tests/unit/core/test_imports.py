@@ -17,6 +17,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config": (),
     "device": (),
     "processes": (),
+    "web_page": (),
     "shapes": ("config",),
     "megatron": ("config", "processes"),
     "data.errors": (),
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "data.order": ("data.errors", "data.images", "data.randomness", "data.records", "data.sequence"),
     "data.serve": ("data.errors", "data.images", "data.order", "data.records", "data.sequence", "device"),
-    "data.prepare": ("data.errors", "data.images", "data.randomness", "data.records"),
+    "data.prepare": ("data.errors", "data.images", "data.randomness", "data.records", "web_page"),
     "accounting": ("config", "data.order.cost", "shapes"),
     "model": (
         "config",
@@ -76,7 +77,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "validation": ("config", "data", "device", "generate", "model", "objectives.next_token", "train"),
     "plan": ("accounting", "config"),
     "demo": (),
-    "diagnose": ("convert.export", "convert.reference"),
+    "diagnose": ("convert.export", "convert.reference", "web_page"),
     "cli": (
         "accounting",
         "config",
@@ -93,7 +94,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "__main__": ("cli.main",),
 }
-MEGATRON_FREE = ("accounting", "plan", "config", "shapes", "data", "objectives", "demo", "device")
+MEGATRON_FREE = ("accounting", "plan", "config", "shapes", "data", "objectives", "demo", "device", "web_page")
 MEGATRON_FREE_MODULES = ("train.schedules", "train.metrics", "cli.console")
 BUILD_IMPORTERS = ("train.build", "cli")
 """Modules of the package that may wire objects through `build`; tools and tests may as well."""
