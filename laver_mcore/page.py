@@ -9,7 +9,8 @@ COLOURS = ("#1f5fbf", "#d9822b", "#15803d", "#7c3aed", "#6b7280", "#c81e1e", "#0
 _STYLE = """body{font:14px sans-serif;max-width:1100px;margin:2em auto;color:#1f2937}
 table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #e5e7eb;padding:.3em .6em;text-align:right}
 th{cursor:pointer;background:#f4f4f4}figure{display:inline-block;margin:.5em}img{max-width:100%}
-svg{border:1px solid #e5e7eb}circle{opacity:0}circle:hover{opacity:1;stroke:#1f2937;stroke-width:2}
+svg{border:1px solid #e5e7eb}rect:hover{stroke:#1f2937;stroke-width:2}
+circle{opacity:0}circle:hover{opacity:1;stroke:#1f2937;stroke-width:2}
 .few circle{opacity:1}pre{white-space:pre-wrap;background:#f4f4f4;padding:.6em}mark{background:#b6e3b6}
 .bar{display:flex;height:14px;background:#ddd}.bar div{box-sizing:border-box;border-right:1px solid #fff}"""
 _SCRIPT = """for (const head of document.querySelectorAll("th")) head.onclick = () => {
@@ -45,9 +46,9 @@ def legend(names: Sequence[str]) -> str:
     return f"<p>{' &middot; '.join(marks)}</p>"
 
 
-def table(columns: Sequence[str], rows: Mapping[str, Mapping[str, float | str]]) -> str:
-    """Rows by name; numbers to four digits, the whole number on hover."""
-    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in ["", *columns])
+def table(columns: Sequence[str], rows: Mapping[str, Mapping[str, float | str]], first: str = "") -> str:
+    """Rows by name, which `first` heads; numbers to four digits, the whole number on hover."""
+    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in [first, *columns])
     body = "".join(
         f"<tr><td>{html.escape(name)}</td>{''.join(_cell(row[column]) for column in columns)}</tr>"
         for name, row in rows.items()
@@ -62,10 +63,10 @@ def _cell(value: float | str) -> str:
     return f'<td data-value="{value!r}" title="{value!r}">{shown}</td>'
 
 
-def image(png: bytes, title: str = "") -> str:
+def image(encoded: bytes, title: str = "", kind: str = "png") -> str:
     """A picture inside the page."""
-    data = base64.b64encode(png).decode()
-    return f'<img alt="" title="{html.escape(title)}" src="data:image/png;base64,{data}">'
+    data, name = base64.b64encode(encoded).decode(), html.escape(title)
+    return f'<img alt="{name}" title="{name}" src="data:image/{kind};base64,{data}">'
 
 
 Series = Sequence[tuple[float, float]]
@@ -119,3 +120,16 @@ def bar(shares: Mapping[str, float]) -> str:
         for i, (name, value) in enumerate(shares.items())
     )
     return f'<div class="bar">{parts}</div>'
+
+
+def bars(caption: str, counts: Mapping[str, int], width: int = 340, height: int = 140) -> str:
+    """A bar for each count, its name and number on hover."""
+    top, step = max(counts.values(), default=0) or 1, width / max(1, len(counts))
+    drawn = "".join(
+        f'<rect x="{i * step:.1f}" y="{height * (1 - count / top):.1f}" width="{max(1.0, step - 1):.1f}" '
+        f'height="{height * count / top:.1f}" fill="{COLOURS[0]}"><title>{html.escape(name)}: {count:,}</title></rect>'
+        for i, (name, count) in enumerate(counts.items())
+    )
+    ends = f"{next(iter(counts), '')} to {list(counts)[-1] if counts else ''}"
+    svg = f'<svg width="{width}" height="{height}">{drawn}</svg>'
+    return f"<figure>{svg}<figcaption>{html.escape(f'{caption}, {ends}')}</figcaption></figure>"

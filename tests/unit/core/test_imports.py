@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "data.order": ("data.errors", "data.images", "data.randomness", "data.records", "data.sequence"),
     "data.serve": ("data.errors", "data.images", "data.order", "data.records", "data.sequence", "device"),
-    "data.prepare": ("data.errors", "data.images", "data.randomness", "data.records"),
+    "data.prepare": ("data.errors", "data.images", "data.randomness", "data.records", "page"),
     "accounting": ("config", "data.order.cost", "shapes"),
     "model": (
         "config",
@@ -96,7 +96,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "__main__": ("cli.main",),
 }
-MEGATRON_FREE = ("accounting", "plan", "config", "shapes", "data", "objectives", "demo", "device")
+MEGATRON_FREE = ("accounting", "plan", "config", "shapes", "data", "objectives", "demo", "device", "page")
 MEGATRON_FREE_MODULES = ("train.schedules", "train.metrics", "cli.console")
 BUILD_IMPORTERS = ("train.build", "cli")
 """Modules of the package that may wire objects through `build`; tools and tests may as well."""
