@@ -84,11 +84,11 @@ def open_newest(
     return folder, common
 
 
-def lacks_frozen(directory: str | Path) -> bool:
+def lacks_frozen(directory: str | Path, *, verify: bool) -> bool:
     """Whether the newest checkpoint of a run holds LoRA's adapters without the weights beside which they stand."""
     if not candidates(directory):
         return False
-    folder, _ = newest_intact(directory, verify=False)
+    folder, _ = newest_intact(directory, verify=verify)
     with reading(folder):
         return bool(dist_checkpointing.load_common_state_dict(str(folder)).get("without_frozen", False))
 
