@@ -32,6 +32,8 @@ TEST_ARGS ?=
 MUTANTS_ARGS ?=
 BENCH_ARGS ?=
 CHAOS_ARGS ?=
+SOAK_ARGS ?=
+AUDIT_ARGS ?=
 SYSTEM_SITE_PACKAGES ?=
 
 LINTED := .
@@ -80,6 +82,9 @@ mutants-short: setup-data ## the same with about twenty of them
 chaos: setup ## kill ranks of small runs 51 times, saves in flight included; writes runs/chaos/summary.json
 	@$(BIN)/python tests/chaos/run.py $(CHAOS_ARGS)
 
+soak: setup ## does a run of 2,000 steps grow? writes runs/soak/soak.json
+	@$(BIN)/python tests/chaos/soak.py $(SOAK_ARGS)
+
 lint: setup ## style and likely mistakes, formatting included
 	@$(BIN)/ruff check --quiet $(LINTED)
 	@$(BIN)/ruff format --quiet --check $(LINTED) || { echo "run: make format" >&2; exit 1; }
@@ -93,6 +98,20 @@ typecheck: setup ## mypy
 
 shellcheck: setup ## the shell scripts
 	@$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+AUDIT := .venv-audit
+
+# Strict: what nothing is known of counts as a failure, as where the database cannot be reached.
+audit: $(AUDIT)/installed ## known vulnerabilities of every pinned requirement (an environment of its own)
+	@$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off $(AUDIT_ARGS) \
+	    $(patsubst %,--requirement %,$(wildcard requirements/*.txt))
+
+$(AUDIT)/installed: $(STAMPS)/venv requirements/audit.txt
+	@echo "setup: pip-audit in $(AUDIT)"
+	@rm -rf $(AUDIT)
+	@$(BIN)/python -m venv $(AUDIT)
+	@$(AUDIT)/bin/python -m pip --quiet --quiet install --requirement requirements/audit.txt
+	@touch $@
 
 SERVE := .venv-serve
 
@@ -145,7 +164,7 @@ gpu-first-hour: setup ## kernels on a new GPU: correct, tuned, timed, compared; 
 	@$(BIN)/python kernels/benchmarks/first_hour.py $(BENCH_ARGS)
 
 clean: ## remove the environment, caches and build products; data/ and runs/ stay
-	@rm -rf $(VENV) $(SERVE) build dist kernels/build kernels/dist .pytest_cache .mypy_cache .ruff_cache .triton
+	@rm -rf $(VENV) $(AUDIT) $(SERVE) build dist kernels/build kernels/dist .pytest_cache .mypy_cache .ruff_cache .triton
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 	@find . -name '*.egg-info' -prune -exec rm -rf {} +
 

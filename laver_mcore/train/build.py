@@ -178,7 +178,7 @@ def _load_run(
     directory: str | Path,
 ) -> list[str]:
     """The weights of a run; where its checkpoint holds adapters alone, first those that it started from itself."""
-    if saved_weights.lacks_frozen(directory):
+    if saved_weights.lacks_frozen(directory, verify=config.run.verify_checkpoint):
         theirs = from_recipe(Path(directory) / "config.yaml")
         start_weights(chunks, replace(config, run=theirs.run, train=theirs.train), vocab_size, topology)
     return saved_weights.load_weights(chunks, config, vocab_size, directory)

@@ -84,19 +84,19 @@ def open_newest(
     return folder, common
 
 
-def lacks_frozen(directory: str | Path) -> bool:
+def lacks_frozen(directory: str | Path, *, verify: bool) -> bool:
     """Whether the newest checkpoint of a run holds LoRA's adapters without the weights beside which they stand."""
-    return bool(_common(directory)[1].get("without_frozen", False)) if candidates(directory) else False
+    return bool(_common(directory, verify)[1].get("without_frozen", False)) if candidates(directory) else False
 
 
 def check_trained_with(directory: str | Path, config: Config, tokenizer: Tokenizer) -> None:
     """`CheckpointError` where the newest checkpoint of a run was trained with a tokenizer of other content."""
-    folder, common = _common(directory)
+    folder, common = _common(directory, verify=False)  # its weights are loaded next, and verified
     check_tokenizer(folder, common, config.data.tokenizer_model, tokenizer.fingerprint())
 
 
-def _common(directory: str | Path) -> tuple[Path, dict[str, Any]]:
-    folder, _ = newest_intact(directory, verify=False)
+def _common(directory: str | Path, verify: bool) -> tuple[Path, dict[str, Any]]:
+    folder, _ = newest_intact(directory, verify=verify)
     with reading(folder):
         return folder, dist_checkpointing.load_common_state_dict(str(folder))
 

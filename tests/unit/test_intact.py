@@ -154,6 +154,13 @@ def test_checksums_may_be_passed_over_but_not_sizes(run):
     assert "bytes, was saved with" in first_fault(run / "iter_0000004", verify=False)
 
 
+def test_what_is_looked_up_before_a_start_is_verified_as_what_is_loaded(run):
+    for folder in run.glob("iter_*"):
+        flip(0.5)(folder / "common.pt")
+    with pytest.raises(CheckpointError, match=r"common.pt: is not what was saved"):
+        saved_weights.lacks_frozen(run, verify=True)
+
+
 class Payload:
     """What a stranger may write: it makes a file when it is read."""
 
