@@ -109,6 +109,17 @@ $(SERVE)/installed: $(STAMPS)/requirements requirements/serve.txt
 # Their warning is about a successor of MkDocs that this site does not use.
 MKDOCS := NO_MKDOCS_2_WARNING=1 PYTHONPATH=.:kernels $(BIN)/mkdocs
 
+UV := uv==0.13.9
+PINNED := base data dev docs
+
+requirements: setup ## compile requirements/*.txt anew from *.in, with hashes (UPGRADE=1: the newest versions)
+	@$(PIP) install $(UV)
+	@cd requirements && for name in $(PINNED); do \
+	    $(abspath $(BIN))/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	        $(if $(UPGRADE),--upgrade) --excludes excluded.txt $$(test $$name = base || echo --constraint base.txt) \
+	        --custom-compile-command 'make requirements' --output-file $$name.txt $$name.in || exit 1; \
+	done
+
 docs: setup $(STAMPS)/docs ## the documentation as a site, in build/site; a broken link is an error
 	@$(MKDOCS) build --quiet --strict
 

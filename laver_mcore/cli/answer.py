@@ -65,6 +65,7 @@ def evaluate(arguments: argparse.Namespace, configs: list[Config]) -> None:
         build_tokenizer,
         resolve_vocab_size,
     )
+    from laver_mcore.train.saved_weights import check_trained_with
     from laver_mcore.validation.answers import Reader, answer, questions_of
 
     folder_of_images = arguments.image_folder or Path(arguments.data).parent
@@ -73,6 +74,7 @@ def evaluate(arguments: argparse.Namespace, configs: list[Config]) -> None:
     device = parallel.init_distributed()
     for folder, config in zip(arguments.checkpoint, configs, strict=True):
         tokenizer, processor = build_tokenizer(config), build_image_processor(config)
+        check_trained_with(folder, config, tokenizer)
         topology = parallel.build_topology(config.parallel, device)
         network = build_network(config, topology, resolve_vocab_size(config, tokenizer), folder)
         reader = Reader(

@@ -183,7 +183,7 @@ def train_run(
     data = build_data(config, tokenizer, device)
     held_out = build_held_out(config, tokenizer, device)
     topology = parallel.build_topology(config.parallel, device)
-    engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer))
+    engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer), tokenizer)
     validations = [] if held_out is None else held_out.validations(engine, data.fingerprint())
     validations += [] if watch is None else [watch(engine)]
     progress = _resume(engine, config, data.fingerprint())

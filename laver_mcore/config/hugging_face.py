@@ -25,7 +25,11 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 def read_config_json(directory: str | Path, wanted: str = "a Hugging Face directory") -> dict[str, Any]:
     """The content of a directory's config.json; `ConfigError` (absent, broken, no mapping) says to give `wanted`."""
-    file = Path(directory) / "config.json"
+    return read_mapping(Path(directory) / "config.json", wanted)
+
+
+def read_mapping(file: Path, wanted: str) -> dict[str, Any]:
+    """The content of a JSON file; `ConfigError` (absent, broken, no mapping) says to give `wanted`."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError:

@@ -34,6 +34,10 @@ class RunConfig:
     """Compare every file of a checkpoint with its checksum before loading it; off looks at names and sizes alone."""
     max_skipped: int = 10
     """Stop after so many skipped steps (gradients that are not finite) in a row; checkpoints stay as they are."""
+    check_weight_hash_across_dp_replicas_interval: int | None = None
+    """Iterations between comparisons of all weights between data-parallel ranks, by hashes; never by default."""
+    check_for_spiky_loss: bool = False
+    """Stop where a step's loss is 10 times the median of the last 100; each step then waits for its loss."""
     exit_interval: int | None = None
     """Stop (after saving) at the first iteration divisible by this; the schedules still span train_iters."""
     exit_signal_handler: bool = True

@@ -52,11 +52,15 @@ class TargetEncoder:
 
 
 def square_side(processor: Mapping[str, Any]) -> int | None:
-    """Side in pixels of the square that a `preprocessor_config.json` makes; None where it names none."""
+    """Side in pixels of the square that a `preprocessor_config.json` makes; None where it names none, ValueError where
+    it is no number.
+    """
     cropped = processor.get("do_center_crop") and processor.get("crop_size")
     size = cropped or processor.get("size") or {}
-    if isinstance(size, int):
-        return size
-    return next(
-        (int(size[name]) for name in ("height", "longest_edge", "shortest_edge") if size.get(name)), None
-    )
+    if isinstance(size, Mapping):
+        size = next(
+            (size[name] for name in ("height", "longest_edge", "shortest_edge") if size.get(name)), None
+        )
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(f"a side of {size!r} pixels")
+    return size

@@ -34,8 +34,9 @@ from laver_mcore.convert.safetensors_directory import TensorToWrite, read_json, 
 from laver_mcore.convert.tokenizer_export import export_tokenizer
 from laver_mcore.data.images.native import native_settings_of
 from laver_mcore.data.images.processors import FixedImageProcessor
-from laver_mcore.data.sequence.tokenizer import VISION_TOKENS, Tokenizer
-from laver_mcore.model.vision_encoders import read_config, read_patch_size
+from laver_mcore.data.sequence.tokenizer import VISION_TOKENS, Tokenizer, load_tokenizer
+from laver_mcore.megatron.checkpoints import check_tokenizer
+from laver_mcore.model.vision_encoders import read_config, read_patch_size, read_sizes
 
 Form = Literal["laver", "llava"]
 HUB = Path(__file__).parent / "hub"
@@ -66,6 +67,8 @@ def export_run(
         with written_whole(Path(save)) as folder:
             write_adapter(config, reader, folder, dtype=dtype, teacher=teacher)
         return []
+    if tokenizer:
+        _check_tokenizer(config, reader, tokenizer)
     if decoder_only or not config.vision.has_images:
         export_decoder(
             load, save, dtype=dtype, teacher=teacher, companions=tokenizer, beside=_tokenizer_of(config)
@@ -82,6 +85,7 @@ def export_run(
     tensors = llava.tensors_of(tensors, visual) if form == "llava" else tensors + visual
     source = tokenizer or config.data.tokenizer_model
     assert source is not None
+    _check_tokenizer(config, reader, source)
     with written_whole(Path(save)) as folder:
         engine_tokenizer = export_tokenizer(
             source,
@@ -138,6 +142,14 @@ def _llava_files(
     }
 
 
+def _check_tokenizer(config: Config, reader: CheckpointReader, source: str | Path) -> None:
+    """Refuse a tokenizer of other content than the run was trained with."""
+    if "tokenizer" not in reader.common:
+        return
+    found = load_tokenizer(source, *chat_templates(config.model.family, config.data.chat_template))
+    check_tokenizer(reader.folder, reader.common, source, found.fingerprint())
+
+
 def _check_supported(config: Config) -> None:
     vision = config.vision
     if vision.vision_select != "patch":
@@ -165,7 +177,7 @@ def _grid(config: Config) -> list[int] | None:
     if vision.is_native:
         return None
     assert vision.vision_path is not None
-    processor = FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
+    processor = FixedImageProcessor(vision.vision_path, **read_sizes(vision.vision_path))
     return list(processor.grid(0, 0))
 
 

@@ -5,6 +5,7 @@ cpu.py                "cuda" means "cpu" (or "meta") on a machine without CUDA
 rendezvous.py         where ranks meet, after a restart as well
 parallel.py           process groups -> Topology
 optimizer.py          Megatron's optimizer, and where it keeps fp32 masters
+optimizer_state.py    its state in checkpoints, each data-parallel rank with its part
 versions.py           what differs between the versions of Megatron-Core that are supported
 weight_shards.py      which elements of a parameter a data-parallel rank keeps
 lazy.py               rows of a parameter that rest in steps without a gradient of theirs

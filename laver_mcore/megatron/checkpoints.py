@@ -69,6 +69,26 @@ def identity(config: Config, vocab_size: int) -> dict[str, Any]:
     }
 
 
+def tokenizer_identity(config: Config, digest: str | None) -> dict[str, str | None]:
+    """What a checkpoint says of the run's tokenizer: where it lay, and the digest of its content."""
+    return {"path": config.data.tokenizer_model, "digest": digest}
+
+
+def check_tokenizer(
+    folder: Path, common: dict[str, Any], path: str | Path | None, digest: str | None
+) -> None:
+    """`CheckpointError` where a checkpoint's weights learned other tokens than those of the tokenizer at `path`.
+
+    One that does not say, of an older run or a conversion, goes with any.
+    """
+    trained = common.get("tokenizer") or {}
+    if None not in (digest, trained.get("digest")) and trained["digest"] != digest:
+        raise CheckpointError(
+            f"{folder} was trained with the tokenizer {trained['path']} of content {trained['digest']}, but {path} has "
+            f"content {digest} (vocabulary, merges or chat template differ); name the one it was trained with"
+        )
+
+
 def may_start(name: str, stored: dict[str, Any], wanted: Any, new_rows: int) -> bool:
     """Whether a run may start from weights that differ from it in what `identity` calls `name`.
 

@@ -1,8 +1,7 @@
 """Megatron's optimizer for the model chunks, and where it keeps the fp32 master weights."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
 from laver_mcore.config.schema import Config
 from laver_mcore.megatron.lazy import keep_still
-from laver_mcore.megatron.versions import grads_for_norm, shifts_moments
+from laver_mcore.megatron.versions import grads_for_norm
 from laver_mcore.megatron.weight_shards import Bucket
 
 
@@ -40,7 +39,7 @@ def build_optimizer(config: Config, models: list[DistributedDataParallel]) -> Me
         log_num_zeros_in_grad=False,
     )
     optimizer = get_megatron_optimizer(mcore, models, _overrides(mcore, models))
-    _use_fused_adam(optimizer)
+    use_fused_adam(optimizer)
     for part in _working_parts(optimizer):
         keep_still(part.optimizer, _lazy_masters(part))
     return optimizer
@@ -153,7 +152,7 @@ def _working_parts(optimizer: MegatronOptimizer) -> list[Any]:
     return [part for part in _parts(optimizer) if not getattr(part, "is_stub_optimizer", False)]
 
 
-def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
+def use_fused_adam(optimizer: MegatronOptimizer) -> None:
     """Let torch's Adam, where Megatron falls back to it, run as one kernel that can skip a step by itself."""
     for part in _working_parts(optimizer):
         if isinstance(part.optimizer, torch.optim.Adam):
@@ -161,82 +160,14 @@ def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
                 group["fused"], group["foreach"] = True, None
 
 
-def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """Those that share their state out over data-parallel ranks."""
     return [part for part in _working_parts(optimizer) if isinstance(part, DistributedOptimizer)]
-
-
-def allocate_state(optimizer: MegatronOptimizer) -> None:
-    """Give a fresh distributed optimizer its moments, so that a checkpoint can be loaded into them.
-
-    Megatron allocates them itself for apex's and Transformer Engine's Adam; with torch's it reads the step count of a
-    state that is not there yet. The values do not matter: weights, moments and step count are all loaded over them.
-    """
-    for part in _distributed(optimizer):
-        if not part.optimizer.state:
-            part._init_optimizer_states_with_dummy_values()
-
-
-@contextlib.contextmanager
-def coalesced_offsets(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Make Megatron-Core save the moments of the right parameters where it does not by itself (`shifts_moments`).
-
-    0.16.1 and 0.19.2 gather the buckets of a buffer into one tensor without the padding between them, and then cut
-    parameters out of it at offsets that count the padding: with more than one bucket (tied embeddings under pipeline
-    parallelism, overlapped reduction) moments are shifted. Inside this context the offsets leave the padding out
-    as well.
-    """
-    shifted = _distributed(optimizer) if shifts_moments() else []
-    buffers = [buffer for part in shifted for buffer in part.buffers]
-    originals = [buffer.param_index_map for buffer in buffers]
-    try:
-        for buffer in buffers:
-            shifts, coalesced = [], 0
-            for (start, _), bucket in zip(buffer.bucket_indices, buffer.buckets, strict=True):
-                shifts.append(start - coalesced)
-                coalesced += bucket.numel_unpadded
-            buffer.param_index_map = {
-                parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
-                for parameter, (start, end, bucket) in buffer.param_index_map.items()
-            }
-        yield
-    finally:
-        for buffer, original in zip(buffers, originals, strict=True):
-            buffer.param_index_map = original
-
-
-def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Put a loaded state (`sharded_state_dict` after loading) into the optimizer.
-
-    Megatron's loader of sharded moments expects a tensor for every entry of the state, and torch's Adam keeps a step
-    count there that is stored elsewhere: it is set aside meanwhile. Megatron also gives all parameters one and the same
-    step tensor, which torch would then advance once per parameter: each gets its own.
-    """
-    parts = _distributed(optimizer)
-    _count_in_whole_steps(state)
-    if not parts:
-        optimizer.load_state_dict(state)
-        _use_fused_adam(optimizer)  # the saved groups may say otherwise
-        return
-    (part,) = parts
-    moments = state.pop("param_state")
-    part.load_state_dict(state)
-    steps = {p: values.pop("step") for p, values in part.optimizer.state.items() if "step" in values}
-    part.load_parameter_state_from_fully_reshardable(moments)
-    for parameter, step in steps.items():
-        part.optimizer.state[parameter]["step"] = step.to(parameter.device, torch.float32, copy=True)
-    _use_fused_adam(optimizer)
-
-
-def _count_in_whole_steps(state: Any) -> None:
-    """torch's Adam counts its steps in a float, which Megatron saves; Transformer Engine's and apex's want an int."""
-    for group in state.get("optimizer", {}).get("param_groups", []):
-        if isinstance(group.get("step"), float):
-            group["step"] = int(group["step"])
 
 
 def weight_buckets(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> list[Bucket]:
     """How this rank's trainable parameters are cut into fp32 masters: the distributed optimizer's shards, or not."""
-    parts = _distributed(optimizer)
+    parts = distributed_parts(optimizer)
     if not parts:
         trainable = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
         return [Bucket(places={p: (0, p.numel())}, numel=p.numel(), group=None) for p in trainable]

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
 from laver_mcore.megatron.background import Copied
@@ -91,17 +93,30 @@ def writing(aside: Path) -> Iterator[None]:
 class Write:
     """A checkpoint on its way: a copy of each rank's process writes what stood there when it began.
 
-    All ranks take part in everything; `SaveError` on all where any of them fails.
+    The ranks of `replicas`, which have the same weights, write a share of them each. All ranks take part in everything;
+    `SaveError` on all where any of them fails.
     """
 
-    def __init__(self, state: dict[str, Any], content: dict[str, Any], aside: Path, folder: Path) -> None:
+    def __init__(
+        self,
+        state: dict[str, Any],
+        content: dict[str, Any],
+        aside: Path,
+        folder: Path,
+        replicas: dist.ProcessGroup,
+    ) -> None:
         self._aside, self._folder = aside, folder
         # Megatron-Core's own is kept by a process of its own; each save has another, so that two may be on their way.
         self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         filesystem_async._results_queue = self._results
         with writing(aside):
             request = dist_checkpointing.save(
-                state, str(aside), content_metadata=content, async_sharded_save=True
+                state,
+                str(aside),
+                FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), replicas),
+                content_metadata=content,
+                async_sharded_save=True,
+                preprocess_common_before_consistancy_check=_without_empty,
             )
             self._finalize, self._copied = request.finalize_fns, None
             if request.async_fn is not None:
@@ -130,6 +145,12 @@ class Write:
         with writing(self._aside):
             publish(self._aside, self._folder)
         return self._folder
+
+
+def _without_empty(common: dict[str, Any]) -> dict[str, Any]:
+    """What ranks must agree on: not on whether nothing is left of what they had to write."""
+    pairs = ((k, _without_empty(v) if isinstance(v, dict) else v) for k, v in common.items())
+    return {key: value for key, value in pairs if value != {}}
 
 
 def _write_files(write: Callable[..., None], buckets: Any) -> tuple[Any, dict[str, Any]]:

@@ -58,6 +58,19 @@ class Bucket:
         first = rank * self.shard_numel
         return max(start, first) - start, min(stop, first + self.shard_numel) - start
 
+    def keeper(self, parameter: torch.nn.Parameter) -> int:
+        """The rank that holds `parameter` whole where one has to: it keeps most of it already."""
+
+        def kept(rank: int) -> int:
+            start, stop = self.held(parameter, rank)
+            return stop - start
+
+        return max(self.owners(parameter), key=kept)
+
+    def keeps(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether that is this rank."""
+        return self.keeper(parameter) == (0 if self.group is None else self.group.rank())
+
 
 def gather_shards(
     bucket: Bucket,
@@ -110,3 +123,45 @@ def _pieces(
             low, high = max(low, wave - start), min(high, wave + length - start)
             if low < high:
                 yield rank, parameter, (low, high), low + start - wave
+
+
+def move_pieces(
+    bucket: Bucket,
+    parameter: torch.nn.Parameter,
+    shard: torch.Tensor | None,
+    whole: torch.Tensor | None,
+    *,
+    gather: bool,
+    device: torch.device,
+) -> None:
+    """Fill the keeper's `whole` from the shards that ranks keep of `parameter`, or, without `gather`, these from it.
+
+    Both are flat, fp32, on any device; a rank that keeps nothing has no shard, and the keeper alone the whole. Only
+    what the keeper does not keep travels, at most `WAVE_BYTES` at a time. All ranks of the group call it in one order.
+    """
+    group, own = bucket.group, bucket.keeper(parameter)
+    rank = 0 if group is None else group.rank()
+    for holder in bucket.owners(parameter):
+        if rank not in (holder, own):
+            continue
+        start, stop = bucket.held(parameter, holder)
+        for first in range(start, stop, WAVE_BYTES // 4):
+            last = min(stop, first + WAVE_BYTES // 4)
+            mine = [] if whole is None or rank != own else [whole[first:last]]
+            if rank == holder:
+                assert shard is not None
+                mine.append(shard[first - start : last - start])
+            if holder == own:
+                source, target = reversed(mine) if gather else mine
+                target.copy_(source)
+            elif rank == (holder if gather else own):
+                dist.send(mine[0].to(device).contiguous(), _global(group, own if gather else holder), group)
+            else:
+                received = torch.empty(last - first, device=device)
+                dist.recv(received, _global(group, holder if gather else own), group)
+                mine[0].copy_(received)
+
+
+def _global(group: dist.ProcessGroup | None, rank: int) -> int:
+    assert group is not None
+    return dist.get_global_rank(group, rank)

@@ -11,6 +11,7 @@ Shapes: I images, n features of one, Z width.
 
 import hashlib
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,22 @@ from torch import nn
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.hugging_face import read_config_json
 from laver_mcore.config.targets import TOWER_LAYER, TargetEncoder
+from laver_mcore.model.tower_weights import (
+    account,
+    first_line,
+    from_config,
+    refuse_non_finite,
+    stored_tensors,
+)
 from laver_mcore.model.vision_encoders import build_vision_encoder, read_config
 
 Grid = tuple[int, int]
 
+_PARTS = {
+    "sam": ("vision_encoder.", ("prompt_encoder.", "mask_decoder.", "shared_image_embedding.")),
+    "depth_anything": ("backbone.", ("neck.", "head.")),
+}
+"""Where a whole model has the encoder, and what beside it."""
 _MODEL_TYPES = {"sam": ("sam", "sam_vision_model"), "depth_anything": ("depth_anything",)}
 
 
@@ -120,19 +133,32 @@ def _load(target: TargetEncoder, path: Path) -> nn.Module:
     if target.kind == "radio":
         return _remote(target, path)
     target_config(target.kind, path)  # refuses another model's directory
-    config = transformers.AutoConfig.from_pretrained(
-        str(path), local_files_only=True, trust_remote_code=False
+    file = path / "config.json"
+    config: Any = from_config(
+        partial(transformers.AutoConfig.from_pretrained, local_files_only=True, trust_remote_code=False),
+        str(path),
+        file,
     )
     if target.kind == "depth_anything":
         # Features as maps, without the CLS token.
         config.reshape_hidden_states = config.backbone_config.reshape_hidden_states = True
-        name, part = "DepthAnythingForDepthEstimation", "backbone"
+        name = "DepthAnythingForDepthEstimation"
     else:
         name = "SamVisionModel" if config.model_type == "sam_vision_model" else "SamModel"
-        part = "vision_encoder"
-    model_class = getattr(transformers, name)
-    model = model_class(config) if target.random_init else _from_pretrained(model_class, path, config=config)
-    return getattr(model, part)
+    prefix, other_parts = _PARTS[target.kind]
+    model_class, part = getattr(transformers, name), prefix.removesuffix(".")
+    if target.random_init:
+        return getattr(from_config(model_class, config, file), part)
+    with torch.device("meta"):
+        empty = getattr(from_config(model_class, config, file), part)
+    used = account(path, stored_tensors(path), _shapes(empty), prefixes=(prefix,), other_parts=other_parts)
+    encoder = getattr(_from_pretrained(model_class, path, config=config), part)
+    refuse_non_finite(dict(encoder.named_parameters()), used)
+    return encoder
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _from_pretrained(model_class: Any, path: Path, **settings: Any) -> Any:
@@ -141,9 +167,8 @@ def _from_pretrained(model_class: Any, path: Path, **settings: Any) -> Any:
             str(path),
             **{"use_safetensors": True, "local_files_only": True, "trust_remote_code": False} | settings,
         )
-    except OSError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{path}: cannot be loaded ({reason}); weights must be safetensors files") from None
+    except Exception as error:  # whatever an ill-fitting file provokes in transformers
+        raise ConfigError(f"{path}: cannot be loaded ({first_line(error)})") from None
 
 
 def _remote(target: TargetEncoder, path: Path) -> nn.Module:
@@ -158,7 +183,15 @@ def _remote(target: TargetEncoder, path: Path) -> nn.Module:
             str(path), local_files_only=True, trust_remote_code=True
         )
         return transformers.AutoModel.from_config(config, trust_remote_code=True)
-    return _from_pretrained(transformers.AutoModel, path, trust_remote_code=True)
+    stored = stored_tensors(path)  # looked at before the directory's code is
+    # A shape that differs is the account's to refuse, which names the tensor.
+    model = _from_pretrained(
+        transformers.AutoModel, path, trust_remote_code=True, ignore_mismatched_sizes=True
+    )
+    buffers = tuple(dict(model.named_buffers()))
+    used = account(path, stored, _shapes(model), prefixes=(), other_parts=buffers)
+    refuse_non_finite(dict(model.named_parameters()), used)
+    return model
 
 
 def _compare(model: nn.Module, path: Path, dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from laver_kernels import ema_update_
 from laver_mcore.megatron.parallel import Topology
-from laver_mcore.megatron.weight_shards import Bucket, Range, gather_shards
+from laver_mcore.megatron.weight_shards import Bucket, Range, gather_shards, move_pieces
 from laver_mcore.model.parameters import named_parameters
 from laver_mcore.model.vision_language import VisionLanguageModel
 
@@ -54,6 +54,7 @@ class Teacher:
         self._owned = {item.parameter for item in items if item.owned}
         self._frozen = [item.parameter for item in items if not item.parameter.requires_grad]
         self._members = [(b, [p for p in b.places if p in mine]) for b in buckets]
+        self._cut = {p: b for b, members in self._members if b.num_shards > 1 for p in members}
         self._held: dict[torch.nn.Parameter, Range] = {
             p: bucket.held(p) for bucket, members in self._members for p in members
         }
@@ -168,15 +169,26 @@ class Teacher:
             wholes |= {p: whole.view(p.shape) for p, whole in flat.items() if whole is not None}
         return wholes
 
+    def keeps(self, parameter: torch.nn.Parameter) -> bool | None:
+        """Whether it is this rank that saves and loads a parameter's average; None where every rank has it whole."""
+        bucket = self._cut.get(parameter)
+        return None if bucket is None else bucket.keeps(parameter)
+
     @torch.no_grad()
     def load(self, wholes: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
-        """Take over whole fp32 averages, as `whole_averages` gives them; frozen parameters are passed over."""
-        for parameter, whole in wholes.items():
-            if parameter not in self._held:
-                continue
-            self._compute[parameter].copy_(whole)
-            if parameter in self.averages:
-                self.averages[parameter].copy_(whole.view(-1)[slice(*self._held[parameter])])
+        """Take over whole fp32 averages, of each parameter on the rank that `keeps` it or, None, on all.
+
+        Frozen parameters are passed over. All ranks take part.
+        """
+        for bucket, members in self._members:
+            for parameter in members:
+                whole, average = wholes.get(parameter), self.averages.get(parameter)
+                flat = None if whole is None else whole.view(-1)
+                move_pieces(bucket, parameter, average, flat, gather=False, device=self._topology.device)
+                if average is not None:
+                    copy = self._compute[parameter].view(-1)
+                    copy[slice(*self._held[parameter])].copy_(average)
+        self._gather_compute_copies()
         self._forget_codes()
 
 

@@ -15,7 +15,7 @@ parameter left has a gradient.
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import nn
@@ -193,9 +193,25 @@ def read_config(path: str | Path, kind: str | None = None) -> dict[str, Any]:
 
 def read_patch_size(path: str | Path) -> int:
     """Return the patch side in pixels of the tower in a Hugging Face directory."""
-    settings = read_config(path)
+    return read_sizes(path)["patch_size"]
+
+
+class Sizes(TypedDict):
+    """Sides in pixels of a tower's patches, and of its images where it takes no others."""
+
+    patch_size: int
+    image_size: int | None
+
+
+def read_sizes(path: str | Path) -> Sizes:
+    """The sizes of the tower in a Hugging Face directory; ConfigError where they are no numbers of pixels."""
+    settings, file = read_config(path), Path(path) / "config.json"
     (tower, *_) = towers_of_type(read_config_json(path)["model_type"])
-    return int(transformers_classes(tower)[1](**settings).patch_size)  # published files leave defaults out
+    filled = from_config(transformers_classes(tower)[1], settings, file)  # published files leave defaults out
+    for name in ("patch_size", "image_size"):
+        if type(getattr(filled, name)) is not int or getattr(filled, name) < 1:
+            raise ConfigError(f"{file}: {name}={getattr(filled, name)!r} is no number of pixels")
+    return {"patch_size": filled.patch_size, "image_size": None if tower.any_size else filled.image_size}
 
 
 def transformers_classes(tower: TowerSpec) -> tuple[Any, Any]:

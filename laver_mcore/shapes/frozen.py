@@ -1,12 +1,14 @@
 """Shapes and weights of frozen encoders that give targets (`model/frozen_encoders.py`)."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.hugging_face import read_mapping
 from laver_mcore.config.targets import TOWER_LAYER, TargetEncoder, square_side
+from laver_mcore.config.towers import tower_named
 from laver_mcore.config.towers.spec import TowerShape
 from laver_mcore.shapes.towers import Entry, linear, norm, read_settings, shape_of, tower_weights
 
@@ -62,14 +64,37 @@ def frozen_shape(target: TargetEncoder) -> TowerShape:
 
 
 def input_side(target: TargetEncoder) -> int:
-    """Side in pixels of its square input."""
-    if target.image_size is not None:
-        return target.image_size
+    """Side in pixels of its square input; ConfigError for one that an encoder with positions of its own cannot take."""
+    own = _own_side(target)
     file = Path(target.path) / "preprocessor_config.json" if target.path else None
-    if file is None or not file.is_file():
-        return target.published.image_size
-    given = json.loads(file.read_text(encoding="utf-8"))
-    return square_side(given) or target.published.image_size
+    asked, side = "target_image_size", target.image_size
+    if side is None and file is not None and file.is_file():
+        asked, side = str(file), _processor_side(file)
+    if own is not None and side not in (None, own):
+        raise ConfigError(
+            f"{asked} makes images of {side} x {side} pixels, but the {target.kind} encoder of {target.path} takes "
+            f"{own} x {own} (image_size in its config.json)"
+        )
+    return side or own or target.published.image_size
+
+
+def _own_side(target: TargetEncoder) -> int | None:
+    """The only side that the encoder of a directory takes; None where it takes any, or there is no directory."""
+    found = read_settings(target.path)
+    if not found or target.kind not in ("clip", "siglip", "sam"):
+        return None
+    filled = _SAM | found if target.kind == "sam" else tower_named(target.kind).filled(found)
+    side = filled["image_size"]
+    return side if type(side) is int else None
+
+
+def _processor_side(file: Path) -> int | None:
+    try:
+        return square_side(read_mapping(file, "the directory of the frozen encoder"))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}; use the file that came with the encoder") from None
 
 
 def frozen_entries(shape: TowerShape) -> Iterator[Entry]:

@@ -35,7 +35,7 @@ from laver_mcore.model.inputs import AttentionGeometry
 from laver_mcore.model.layer_spec import transformer_config
 from laver_mcore.model.network import Network
 from laver_mcore.model.parameters import freeze, training_of, unwrap
-from laver_mcore.model.vision_encoders import read_patch_size
+from laver_mcore.model.vision_encoders import read_sizes
 from laver_mcore.model.vision_language import VisionLanguageModel
 from laver_mcore.objectives.objective import Parts
 from laver_mcore.shapes.frozen import input_side
@@ -75,7 +75,7 @@ def build_image_processor(config: Config) -> ImageProcessor | None:
             min_pixels=vision.min_pixels,
             max_pixels=vision.max_pixels,
         )
-    return FixedImageProcessor(vision.vision_path, patch_size=read_patch_size(vision.vision_path))
+    return FixedImageProcessor(vision.vision_path, **read_sizes(vision.vision_path))
 
 
 def build_targets(config: Config, tower: ImageProcessor | None) -> TargetSource | None:
@@ -230,7 +230,9 @@ def _wrap(config: Config, chunks: list[VisionLanguageModel]) -> list[Distributed
     return models
 
 
-def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[Engine, BuildReport]:
+def build_engine(
+    config: Config, topology: Topology, vocab_size: int, tokenizer: Tokenizer | None = None
+) -> tuple[Engine, BuildReport]:
     """Model, optimizer and teacher of this rank; weights random, of `pretrained_checkpoint`, or of `hf_path`."""
     config = with_kernels(config, topology.device)
     chunks = build_chunks(config, topology, vocab_size)
@@ -250,6 +252,7 @@ def build_engine(config: Config, topology: Topology, vocab_size: int) -> tuple[E
         models=list(models),
         optimizer=optimizer,
         objective=objective,
+        tokenizer_digest=None if tokenizer is None else tokenizer.fingerprint(),
         geometry=attention_geometry(config),
         vocab_size=vocab_size,
     )

@@ -9,8 +9,7 @@ offset, so a run continues on any layout.
 """
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,20 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from laver_mcore.config.schema import Config
-from laver_mcore.megatron.checkpoints import CheckpointError, checkpoint_folder, identity
-from laver_mcore.megatron.optimizer import allocate_state, coalesced_offsets, load_state
+from laver_mcore.megatron.checkpoints import (
+    CheckpointError,
+    check_tokenizer,
+    checkpoint_folder,
+    identity,
+    tokenizer_identity,
+)
+from laver_mcore.megatron.optimizer_state import beside, load_state, sharded_parameters, sharded_state
 from laver_mcore.megatron.publishing import Write, check_finite, check_space, writing
 from laver_mcore.megatron.unpickling import reading
+from laver_mcore.model.teacher import Teacher
 from laver_mcore.train.engine import Engine
 from laver_mcore.train.saved_weights import metadata, model_state, open_newest, put_weights
 
@@ -43,61 +48,41 @@ class Progress:
 _PROGRESS = tuple(f.name for f in fields(Progress))
 
 
-def _nested(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, dict):
-        for value in tree.values():
-            yield from _nested(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _nested(value)
-    else:
-        yield tree
-
-
 def _without_frozen(config: Config) -> bool:
     return config.model.lora_rank > 0 and not config.run.save_frozen
 
 
 def _teacher_state(
-    model: dict[str, Any], averages: dict[torch.nn.Parameter, torch.Tensor]
+    teacher: Teacher, model: dict[str, Any], averages: dict[torch.nn.Parameter, torch.Tensor]
 ) -> tuple[dict[str, Any], dict[str, torch.nn.Parameter]]:
     """Whole averages under the model's own sharding, each key prefixed with `teacher.`; and whose each entry is."""
     state: dict[str, Any] = {}
     owners: dict[str, torch.nn.Parameter] = {}
-    for sharded in _sharded_parameters(model):
-        average = averages.get(sharded.data)
-        if average is None:
-            continue
-        changed: dict[str, Any] = {"key": f"teacher.{sharded.key}", "data": average}
-        if isinstance(sharded, ShardedTensor):
-            changed["dtype"] = average.dtype
-        # Layers share a key and differ by offset, so the entry is named by its place in the dictionary.
-        name = str(len(state))
-        state[name], owners[name] = replace(sharded, **changed), sharded.data
+    for sharded in sharded_parameters(model):
+        if sharded.data in averages:
+            # Layers share a key and differ by offset, so the entry is named by its place in the dictionary.
+            name, parameter = str(len(state)), sharded.data
+            state[name] = beside(sharded, "teacher", averages[parameter], keeps=teacher.keeps(parameter))
+            owners[name] = parameter
     return state, owners
 
 
-def _sharded_parameters(model: dict[str, Any]) -> Iterator[Any]:
-    tensors, _ = extract_sharded_tensors_and_factories(model)
-    yield from _nested(tensors)
-
-
-def _teacher_to_save(engine: Engine, model: dict[str, Any]) -> dict[str, Any]:
-    if engine.teacher is None:
+def _teacher_to_save(teacher: Teacher | None, model: dict[str, Any]) -> dict[str, Any]:
+    if teacher is None:
         return {}
     # Only what this rank writes is gathered into its memory.
-    written = {s.data for s in _sharded_parameters(model) if is_main_replica(s.replica_id)}
-    return _teacher_state(model, engine.teacher.whole_averages(written))[0]
+    written = set()
+    for sharded in sharded_parameters(model):
+        keeps = teacher.keeps(sharded.data)
+        if is_main_replica(sharded.replica_id) if keeps is None else keeps:
+            written.add(sharded.data)
+    return _teacher_state(teacher, model, teacher.whole_averages(written))[0]
 
 
 def _optimizer_state(engine: Engine, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     if getattr(engine.optimizer, "is_stub_optimizer", False):
         return {}  # nothing trains on this pipeline stage
-    if is_loading:
-        allocate_state(engine.optimizer)
-    with coalesced_offsets(engine.optimizer):
-        state = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata())
-    return {"optimizer": state}
+    return {"optimizer": sharded_state(engine.optimizer, model, metadata(), is_loading=is_loading)}
 
 
 def _objective_state(engine: Engine) -> dict[str, Any]:
@@ -153,7 +138,7 @@ def begin_save(engine: Engine, directory: str | Path, progress: Progress, data_f
     model = model_state(engine.chunks, _without_frozen(engine.config))
     state = {
         **model,
-        "teacher": _teacher_to_save(engine, model),
+        "teacher": _teacher_to_save(engine.teacher, model),
         "objective": _objective_state(engine),
         **_optimizer_state(engine, model, is_loading=False),
         "rng": _rng_state(engine),
@@ -163,10 +148,11 @@ def begin_save(engine: Engine, directory: str | Path, progress: Progress, data_f
         "identity": identity(engine.config, engine.vocab_size),
         "without_frozen": _without_frozen(engine.config),
         "data": data_fingerprint,
+        "tokenizer": tokenizer_identity(engine.config, engine.tokenizer_digest),
     }
     check_finite(engine.chunks)
     check_space(state, aside)
-    return Write(state, metadata(), aside, folder)
+    return Write(state, metadata(), aside, folder, engine.topology.dp_cp_group)
 
 
 def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progress:
@@ -174,6 +160,7 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
     folder, common = open_newest(
         directory, identity(engine.config, engine.vocab_size), verify=engine.config.run.verify_checkpoint
     )
+    check_tokenizer(folder, common, engine.config.data.tokenizer_model, engine.tokenizer_digest)
     if common["data"] != data_fingerprint:
         raise CheckpointError(
             f"{folder} was trained on other data (records, tokenizer, seed or lengths changed); to start anew from its "
@@ -185,8 +172,11 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
     if distributed != engine.config.parallel.use_distributed_optimizer:
         flag = "--use-distributed-optimizer" if distributed else "--no-use-distributed-optimizer"
         raise CheckpointError(f"{folder} holds the state of the other kind of optimizer; resume with {flag}")
-    averages = engine.teacher.parameters if engine.teacher is not None else []
-    teacher, owners = _teacher_state(model, {p: torch.empty(p.shape) for p in averages})
+    teacher: dict[str, Any] = {}
+    owners: dict[str, torch.nn.Parameter] = {}
+    if engine.teacher is not None:
+        wanted = [p for p in engine.teacher.parameters if engine.teacher.keeps(p) is not False]
+        teacher, owners = _teacher_state(engine.teacher, model, {p: torch.empty(p.shape) for p in wanted})
     state = {
         **model,
         "teacher": teacher,

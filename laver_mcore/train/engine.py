@@ -15,6 +15,8 @@ class Engine(Network):
 
     optimizer: MegatronOptimizer
     objective: Objective
+    tokenizer_digest: str | None = None
+    """Of the tokenizer's content, which goes into checkpoints."""
 
     @property
     def teacher(self) -> Teacher | None:

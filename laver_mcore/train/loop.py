@@ -19,6 +19,7 @@ from laver_mcore.data.serve.loader import DialogueData
 from laver_mcore.megatron.checkpoints import CheckpointError
 from laver_mcore.train.checkpoint import Progress
 from laver_mcore.train.counts import SIMILARITY
+from laver_mcore.train.divergence import SpikeGuard, check_replicas
 from laver_mcore.train.engine import Engine
 from laver_mcore.train.metrics import Metrics
 from laver_mcore.train.profiling import Profiler
@@ -189,6 +190,7 @@ def _train(
     state = RunState(progress=progress, skipped=progress.skipped)
     listed = Path(config.run.save) / "skipped.jsonl" if config.run.save else None
     skips = Skips(config.run.max_skipped, listed, speaks=topology.speaks_for_samples)
+    spikes = SpikeGuard() if config.run.check_for_spiky_loss else None
     profiler, interval = Profiler(config.run, topology.rank), _Interval(engine, enabled=metrics is not None)
     for batches in steps:
         profiler.begin(state.progress.iteration + 1)
@@ -197,6 +199,10 @@ def _train(
         state = _after(state, result, engine)
         iteration = state.progress.iteration
         skips.add(iteration, result.applied, batches)
+        if spikes is not None:
+            spikes.look(iteration, None if result.losses is None else result.losses[0])
+        if _due(iteration, config.run.check_weight_hash_across_dp_replicas_interval):
+            check_replicas(engine, iteration)
         exiting = iteration == total or _due(iteration, config.run.exit_interval) or told_to_stop()
         profiler.end(iteration, exiting=exiting)
         due = [each for each in validations if each.due(iteration, exiting=exiting)]

@@ -10,8 +10,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from laver_mcore.config.schema import Config
 from laver_mcore.config.trainable import ADAPTERS
-from laver_mcore.data.sequence.tokenizer import VISION_TOKENS
-from laver_mcore.megatron.checkpoints import CheckpointError, identity, may_start
+from laver_mcore.data.sequence.tokenizer import VISION_TOKENS, Tokenizer
+from laver_mcore.megatron.checkpoints import CheckpointError, check_tokenizer, identity, may_start
 from laver_mcore.megatron.intact import candidates, newest_intact
 from laver_mcore.megatron.unpickling import reading
 from laver_mcore.model.initialize import fill_new_rows
@@ -86,11 +86,19 @@ def open_newest(
 
 def lacks_frozen(directory: str | Path) -> bool:
     """Whether the newest checkpoint of a run holds LoRA's adapters without the weights beside which they stand."""
-    if not candidates(directory):
-        return False
+    return bool(_common(directory)[1].get("without_frozen", False)) if candidates(directory) else False
+
+
+def check_trained_with(directory: str | Path, config: Config, tokenizer: Tokenizer) -> None:
+    """`CheckpointError` where the newest checkpoint of a run was trained with a tokenizer of other content."""
+    folder, common = _common(directory)
+    check_tokenizer(folder, common, config.data.tokenizer_model, tokenizer.fingerprint())
+
+
+def _common(directory: str | Path) -> tuple[Path, dict[str, Any]]:
     folder, _ = newest_intact(directory, verify=False)
     with reading(folder):
-        return bool(dist_checkpointing.load_common_state_dict(str(folder)).get("without_frozen", False))
+        return folder, dist_checkpointing.load_common_state_dict(str(folder))
 
 
 def load_weights(

@@ -1,23 +1,29 @@
 """All that a resume needs, saved from one engine and loaded into another; what may not be loaded or overwritten."""
 
+import re
+import shutil
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from sample_run import write_recipe, write_sample_data
+from sample_run import WORDS, write_recipe, write_sample_data, write_tokenizer
 
 from laver_mcore.cli.run import check_save_folder, skip_ahead
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse, to_yaml
+from laver_mcore.convert.export import export_run
+from laver_mcore.data.sequence.tokenizer import load_tokenizer
 from laver_mcore.megatron import parallel
 from laver_mcore.megatron.checkpoints import CheckpointError, may_start
 from laver_mcore.train import checkpoint
 from laver_mcore.train.build import build_data, build_engine, build_tokenizer, resolve_vocab_size
 from laver_mcore.train.checkpoint import Progress
 from laver_mcore.train.loop import RunState, _after, _data_start
+from laver_mcore.train.saved_weights import check_trained_with
 from laver_mcore.train.step import train_step
 
 STEPS = 3
@@ -60,7 +66,8 @@ def config_of(recipe, flags=""):
 
 def engine_of(config, device):
     topology = parallel.build_topology(config.parallel, device)
-    return build_engine(config, topology, resolve_vocab_size(config, build_tokenizer(config)))[0]
+    tokenizer = build_tokenizer(config)
+    return build_engine(config, topology, resolve_vocab_size(config, tokenizer), tokenizer)[0]
 
 
 def take_steps(engine, first, last):
@@ -161,6 +168,43 @@ REFUSED = {
 def test_what_does_not_fit_is_refused(saved, recipe, device, flags, data, words):
     with pytest.raises(CheckpointError, match=words) as error:
         checkpoint.load(engine_of(config_of(recipe, flags), device), saved.folder, data)
+    assert "\n" not in str(error.value)
+
+
+def moved(recipe, folder):
+    return shutil.copy(recipe.parent / "tokenizer.model", folder / "moved.model")
+
+
+def of_other_words(recipe, folder):
+    write_tokenizer(folder / "other.model", [" ".join(reversed(WORDS))] * 10)
+    return folder / "other.model"
+
+
+def resume(saved, config, device):
+    checkpoint.load(engine_of(config, device), saved.folder, FINGERPRINT)
+
+
+def evaluate(saved, config, device):
+    check_trained_with(saved.folder, config, build_tokenizer(config))
+
+
+def export(saved, config, device):
+    (saved.folder / "config.yaml").write_text(to_yaml(config))
+    export_run(saved.folder, Path(config.data.tokenizer_model).parent / "exported")
+
+
+@pytest.mark.parametrize("use", [resume, evaluate, export])
+@pytest.mark.parametrize("tokenizer", [moved, of_other_words])
+def test_a_tokenizer_is_known_by_its_content(saved, recipe, device, tokenizer, use, tmp_path):
+    config = config_of(recipe, f"--tokenizer-model {tokenizer(recipe, tmp_path)} --vocab-size 96")
+    if tokenizer is moved:
+        use(saved, config, device)
+        return
+    with pytest.raises(CheckpointError) as error:
+        use(saved, config, device)
+    for path in (recipe.parent / "tokenizer.model", config.data.tokenizer_model):
+        digest = load_tokenizer(path).fingerprint()
+        assert re.search(rf"{re.escape(str(path))} (of|has) content {digest}", str(error.value))
     assert "\n" not in str(error.value)
 
 

@@ -51,11 +51,13 @@ class FixedImageProcessor:
     """Fixed resolution for SigLIP, SigLIP 2, CLIP and DINOv2: [I, 3, H, W] by transformers' own processor.
 
     `source` is a Hugging Face directory, its `preprocessor_config.json`, or that file's content as a dict;
-    `patch_size` is the tower's, in pixels. CLS and register tokens are the tower's to drop: they are no
-    visual tokens, so the grid does not count them.
+    `patch_size` is the tower's, in pixels, and so is `image_size`, the one side that it takes (None: any).
+    CLS and register tokens are the tower's to drop: they are no visual tokens, so the grid does not count them.
     """
 
-    def __init__(self, source: str | Path | dict[str, Any], *, patch_size: int) -> None:
+    def __init__(
+        self, source: str | Path | dict[str, Any], *, patch_size: int, image_size: int | None = None
+    ) -> None:
         config, where = preprocessor_config(source)
         name = config.get("image_processor_type", config.get("feature_extractor_type", ""))
         known = _PROCESSORS.get(str(name).removesuffix("Fast").removesuffix("Pil"))
@@ -74,6 +76,11 @@ class FixedImageProcessor:
         self.patch_size = patch_size
         if self.height < patch_size or self.width < patch_size:
             raise DataError(f"{where}: {self.height} x {self.width} pixels hold no patch of {patch_size}")
+        if image_size is not None and (self.height, self.width) != (image_size, image_size):
+            raise DataError(
+                f"{where}: makes images of {self.height} x {self.width} pixels, but the tower's config.json says "
+                f"image_size={image_size}; use the preprocessor_config.json that came with the tower"
+            )
 
     @property
     def num_tokens(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images.backends import ReferencePixels
 from laver_mcore.data.images.decode import DecodedImages
-from laver_mcore.data.images.pixel_settings import PixelSettings, normalisation
+from laver_mcore.data.images.pixel_settings import PixelSettings, normalisation, read_processor
 from laver_mcore.data.images.processors import (
     FixedImageProcessor,
     ImageProcessor,
@@ -63,10 +63,13 @@ class TargetProcessor:
             raise DataError(
                 f"{where}: image processor {name!r} is not supported; use one of {', '.join(_PROCESSORS)}"
             )
-        processor = pillow_class(known).from_dict(config)
         self.side, self._tower = image_size, _cropping(tower)
-        self._settings = PixelSettings(
-            resize="square", height=self.side, width=self.side, crop=None, **normalisation(processor)
+        _, self._settings = read_processor(
+            lambda: pillow_class(known).from_dict(config),
+            lambda processor: PixelSettings(
+                resize="square", height=image_size, width=image_size, crop=None, **normalisation(processor)
+            ),
+            where,
         )
 
     def view(self, width: int, height: int) -> tuple[float, float, float, float]:

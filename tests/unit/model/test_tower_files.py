@@ -48,8 +48,9 @@ def build(kind, path):
 
 
 def matrix(tensors):
-    """A matrix in the last layer."""
-    return max(name for name in tensors if tensors[name].ndim == 2 and re.search(r"\.1\.", name))
+    """A matrix in the last layer; a filter of what has no layers."""
+    found = [name for name in tensors if tensors[name].ndim == 2 and re.search(r"\.1\.", name)]
+    return max(found or [name for name in tensors if tensors[name].ndim == 4])
 
 
 def change(function):
@@ -126,7 +127,7 @@ FAULTS = {
     "fewer layers in the config": (fewer_layers, r"model\.safetensors: .*\b1\..* has no place in the vision tower"),
     "int8": (change(lambda t: t.to(torch.int8)), r"model\.safetensors: TENSOR is I8, codes without their scales"),
     "F8": (change(lambda t: t.to(torch.float8_e4m3fn)), r"TENSOR is F8_E4M3, codes without their scales"),
-    "a side that broadcasts": (change(lambda t: t[:1]), r"TENSOR is \[1, \d+\], its config\.json asks for \["),
+    "a side that broadcasts": (change(lambda t: t[:1]), r"TENSOR is \[1, [\d, ]+\], its config\.json asks for \["),
     "transposed side": (change(lambda t: t[:, :-1]), r"TENSOR is .*, its config\.json asks for"),
     "NaN": (change(lambda t: t * float("nan")), r"model\.safetensors: TENSOR holds NaN or infinity"),
     "infinity": (change(lambda t: t.clone().index_fill_(0, torch.tensor([0]), torch.inf)), "TENSOR holds NaN"),

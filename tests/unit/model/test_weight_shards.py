@@ -1,11 +1,16 @@
 """Where the elements of cut parameters are kept: against a brute-force walk over every element of a bucket."""
 
+import queue
+import threading
+from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from laver_mcore.megatron.weight_shards import Bucket, _pieces
+from laver_mcore.megatron import weight_shards
+from laver_mcore.megatron.weight_shards import Bucket, _pieces, move_pieces
 
 # Lengths of parameters with the gap before each, ranks, elements of a wave.
 LAYOUTS = {
@@ -56,3 +61,77 @@ def test_waves_carry_every_element_once_from_where_it_lies(lengths, ranks, wave)
             assert in_bucket == rank * bucket.shard_numel + first + place
             carried[parameter][start:stop] += 1
     assert all((counts == 1).all() for counts in carried.values())
+
+
+@pytest.fixture
+def mail(monkeypatch):
+    """Ranks are threads that send each other tensors; what travelled, in elements."""
+    boxes, local, travelled = defaultdict(queue.Queue), threading.local(), []
+
+    def send(tensor, to, group):
+        travelled.append(tensor.numel())
+        boxes[local.rank, to].put(tensor.clone())
+
+    def receive(tensor, source, group):
+        tensor.copy_(boxes[source, local.rank].get(timeout=10))
+
+    monkeypatch.setattr(weight_shards.dist, "send", send)
+    monkeypatch.setattr(weight_shards.dist, "recv", receive)
+    monkeypatch.setattr(weight_shards.dist, "get_global_rank", lambda group, rank: rank)
+    return local, travelled
+
+
+def on_every_rank(bucket, local, work):
+    """What `work(bucket, rank)` returns on each."""
+    found = {}
+
+    def run(rank):
+        local.rank = rank
+        group = SimpleNamespace(size=lambda: bucket.num_shards, rank=lambda: rank)
+        found[rank] = work(replace(bucket, group=group), rank)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(bucket.num_shards)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[rank] for rank in range(bucket.num_shards)]
+
+
+@pytest.mark.parametrize(("lengths", "ranks", "wave"), LAYOUTS.values(), ids=LAYOUTS)
+def test_one_rank_puts_a_parameter_together_and_hands_it_out_again(lengths, ranks, wave, mail, monkeypatch):
+    """Every element is its place in the bucket; the keeper keeps most of it, and nothing of that travels."""
+    monkeypatch.setattr(weight_shards, "WAVE_BYTES", 4 * wave)
+    local, travelled = mail
+    bucket, cpu = make(lengths, ranks), torch.device("cpu")
+
+    def shard(here, parameter, fill=None):
+        low, high = here.held(parameter)
+        start = here.places[parameter][0]
+        values = torch.arange(start + low, start + high, dtype=torch.float32) if low < high else None
+        return values if fill is None or values is None else torch.full_like(values, fill)
+
+    def there_and_back(here, rank):
+        wholes, back = {}, {}
+        for parameter in here.places:
+            whole = torch.empty(parameter.numel()) if here.keeps(parameter) else None
+            move_pieces(here, parameter, shard(here, parameter), whole, gather=True, device=cpu)
+            if whole is not None:
+                wholes[parameter] = whole.clone()
+            back[parameter] = shard(here, parameter, fill=-1.0)
+            move_pieces(here, parameter, back[parameter], whole, gather=False, device=cpu)
+            wanted = shard(here, parameter)
+            assert (wanted is None) == (back[parameter] is None)
+            assert wanted is None or torch.equal(back[parameter], wanted)
+        return wholes
+
+    found = on_every_rank(bucket, local, there_and_back)
+    away = 0
+    for parameter, (start, stop) in bucket.places.items():
+        (whole,) = [wholes[parameter] for wholes in found if parameter in wholes]  # one rank alone has it
+        assert torch.equal(whole, torch.arange(start, stop, dtype=torch.float32))
+        counts = torch.bincount(torch.arange(start, stop) // bucket.shard_numel, minlength=ranks)
+        assert counts[bucket.keeper(parameter)] == counts.max()
+        away += int(counts.sum() - counts.max())
+    assert sum(travelled) == 2 * away
+    assert max(travelled, default=0) <= wave
