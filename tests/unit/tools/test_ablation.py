@@ -37,6 +37,7 @@ def test_every_cell_is_a_recipe_that_can_train(path, monkeypatch):
     for cell in cells_of(load(path, seeds=[3])):
         config, _ = parse(command(cell, setting, Path("runs/ablation")))
         assert config.train.seed == 3
+        assert not config.run.exit_signal_handler
         assert (config.objective.name == "lm") == (cell.arm in LM_ALONE)
         assert config.attention.mixed_attention == ("mixed" in cell.attention)
         assert config.attention.rope_2d == ("2d" in cell.attention)
@@ -119,7 +120,7 @@ def test_less_alike_counts_pairs():
         (-0.01, 0.03, 1, "is not shown"),
         (-0.03, -0.01, 1, "is contradicted"),
         (-0.03, -0.01, -1, "holds"),
-        (None, None, 1, "not tested (one seed)"),
+        (None, None, 1, "is not tested"),
     ],
 )
 def test_verdict(low, high, sign, said):
