@@ -24,7 +24,7 @@ from laver_mcore.cli.console import refuse, silence_libraries
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.flags import FlagParser
 from tools.ablation.setting import RESULT, Cell, Setting, cells_of, load
-from tools.ablation.summary import write
+from tools.ablation.summary import collect, read, write
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,16 +87,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", default=[], help="these alone, in this order")
     parser.add_argument("--seeds", nargs="+", type=int, help="in place of the setting's")
     parser.add_argument("--summarize", action="store_true", help="train nothing, read what is finished")
+    parser.add_argument("--metrics", type=Path, help="train nothing, read a metrics.jsonl.gz of another time")
     arguments = parser.parse_args(argv)
     try:
         setting = load(arguments.setting, seeds=arguments.seeds)
         cells = cells_of(setting, tasks=arguments.tasks, arms=arguments.arms)
         if arguments.processes < 1:
             raise ConfigError(f"--processes {arguments.processes}: give at least one")
-        if not arguments.summarize:
+        if not (arguments.summarize or arguments.metrics):
             prepare(setting, cells, arguments.output)
             follow(cells, setting, arguments.output, arguments.processes)
-        print(write(setting, arguments.output))
+        found = read(arguments.metrics) if arguments.metrics else collect(setting, arguments.output)
+        print(write(setting, arguments.output, found))
     except ConfigError as error:
         return refuse(error)
     return 0

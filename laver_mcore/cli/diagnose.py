@@ -7,9 +7,11 @@ which needs no other file, layers.csv, diagnosis.json and the pictures.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def questions(arguments: argparse.Namespace) -> list[Any]:
-    """The first question of each dialogue that has one picture."""
+    """The first question of each dialogue that has one picture and an answer of a word or more."""
     from laver_mcore.data.images.decode import open_image
     from laver_mcore.data.records.conversation import load_records
     from laver_mcore.diagnose.reading import Question
@@ -54,12 +56,15 @@ def questions(arguments: argparse.Namespace) -> list[Any]:
     found: list[Question] = []
     for sample in load_records(arguments.data, folder):
         turns = [turn for turn in sample.turns if turn.role != "system"]
-        if len(sample.images) == 1 and turns[0].num_images == 1 and len(found) < arguments.num_questions:
+        answer = turns[1].text.strip() if len(turns) > 1 else ""
+        asks = len(sample.images) == 1 and turns[0].num_images == 1 and bool(answer)
+        if asks and len(found) < arguments.num_questions:
             question = "".join(turns[0].split()).strip()
-            answer = turns[1].text.strip()
             found.append(Question(image=open_image(sample.images[0]), question=question, answer=answer))
     if len(found) < 2:
-        raise ConfigError(f"{arguments.data}: {len(found)} dialogue(s) with one picture; two are needed")
+        raise ConfigError(
+            f"{arguments.data}: {len(found)} dialogue(s) with one picture and an answer; two are needed"
+        )
     return found
 
 
@@ -91,8 +96,21 @@ def load(path: Path, trust: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     options: dict[str, Any] = dict(trust_remote_code=trust, local_files_only=True)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype="float32", **options)
-    return model.eval(), AutoProcessor.from_pretrained(path, **options)
+    with _told_of(path):
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype="float32", **options)
+        return model.eval(), AutoProcessor.from_pretrained(path, **options)
+
+
+@contextlib.contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """What transformers says of a directory that it cannot load, as one line that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ConfigError(f"{path} cannot be loaded by transformers ({why})") from None
 
 
 def diagnose(arguments: argparse.Namespace, scratch: Path) -> None:
@@ -106,7 +124,8 @@ def diagnose(arguments: argparse.Namespace, scratch: Path) -> None:
             f"--encoder {arguments.encoder} has no config.json; give a directory of transformers"
         )
     asked = questions(arguments)
-    encoder = Encoder(arguments.encoder) if arguments.encoder else None
+    with _told_of(Path(arguments.encoder or "")):
+        encoder = Encoder(arguments.encoder) if arguments.encoder else None
     layers, accuracy, readings = {}, {}, {}
     for name, (path, trust) in directories(arguments, scratch).items():
         model, processor = load(path, trust)

@@ -13,7 +13,9 @@ from laver_mcore.data.serve.exchange import connect
 from laver_mcore.data.serve.loader import DialogueData
 from laver_mcore.train.build import build_data, build_image_processor
 from laver_mcore.train.engine import Engine
+from laver_mcore.train.loop import Validation
 from laver_mcore.validation.answers import Reader, questions_of
+from laver_mcore.validation.probe import Probe
 from laver_mcore.validation.validator import Validator
 
 
@@ -25,16 +27,18 @@ class HeldOut:
     questions: list[tuple[Sample, int]]
     reader: Reader
 
-    def validator(self, engine: Engine, fingerprint: str) -> Validator:
-        """The validation of a run with this engine; all ranks call it together."""
-        return Validator(
+    def validations(self, engine: Engine, fingerprint: str) -> list[Validation]:
+        """What a run with this engine asks of itself; all ranks call them together."""
+        exchange = connect(engine.topology.replica_group)
+        validator = Validator(
             engine=engine,
             data=self.data,
-            exchange=connect(engine.topology.replica_group),
+            exchange=exchange,
             questions=self.questions,
             reader=self.reader,
             fingerprint=fingerprint,
         )
+        return [validator, Probe(engine=engine, data=self.data, exchange=exchange)]
 
 
 def build_held_out(config: Config, tokenizer: Tokenizer, device: torch.device) -> HeldOut | None:

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -173,7 +173,7 @@ def train_run(
 ) -> Engine:
     """The run inside process groups that are joined already; returns the trained engine.
 
-    What `watch` makes of the engine is asked for metrics in place of the recipe's own validation.
+    What `watch` makes of the engine is asked for metrics beside the recipe's own validations.
     """
     check_world(config, dist.get_world_size())
     check_machine(config, device)
@@ -184,9 +184,8 @@ def train_run(
     held_out = build_held_out(config, tokenizer, device)
     topology = parallel.build_topology(config.parallel, device)
     engine, report = build_engine(config, topology, resolve_vocab_size(config, tokenizer), tokenizer)
-    validation: Validation | None = None if watch is None else watch(engine)
-    if validation is None and held_out is not None:
-        validation = held_out.validator(engine, data.fingerprint())
+    validations = [] if held_out is None else held_out.validations(engine, data.fingerprint())
+    validations += [] if watch is None else [watch(engine)]
     progress = _resume(engine, config, data.fingerprint())
     progress = skip_ahead(progress, config)
     if progress.iteration > config.train.train_iters:
@@ -197,7 +196,7 @@ def train_run(
     dist.barrier()  # nobody writes before everybody has looked
     with _locked(config, topology.rank):
         _announce(engine, str(decide(config.train.kernels, device)), data, report)
-        _train(engine, data, progress, validation)
+        _train(engine, data, progress, validations)
     return engine
 
 
@@ -223,7 +222,7 @@ def _locked(config: Config, rank: int) -> Iterator[None]:
         yield
 
 
-def _train(engine: Engine, data: DialogueData, progress: Progress, validation: Validation | None) -> None:
+def _train(engine: Engine, data: DialogueData, progress: Progress, validations: Sequence[Validation]) -> None:
     config, topology = engine.config, engine.topology
     if config.run.save and topology.rank == 0:
         Path(config.run.save).mkdir(parents=True, exist_ok=True)
@@ -233,7 +232,7 @@ def _train(engine: Engine, data: DialogueData, progress: Progress, validation: V
         with ExitSignal() if config.run.exit_signal_handler else contextlib.nullcontext() as exit_signal:
             told = exit_signal.received if exit_signal is not None else lambda: False
             with _watched(config.run.silent_rank_timeout, topology.rank, topology.world_size):
-                stopped = train(engine, data, progress, metrics, told, validation)
+                stopped = train(engine, data, progress, metrics, told, validations)
         if exit_signal is not None and exit_signal.seen:
             _say(f"told to stop after iteration {stopped.iteration}: {_kept(config)}", topology.is_last_rank)
         else:

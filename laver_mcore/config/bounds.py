@@ -16,7 +16,7 @@ data.decode_threads data.seq_length data.packing_window data.pad_to_multiple
 parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size parallel.context_parallel_size
 parallel.num_virtual_stages_per_pipeline_rank parallel.recompute_num_layers
 train.train_iters train.micro_batch_size train.global_batch_size
-validation.eval_interval validation.eval_iters validation.eval_answer_tokens
+validation.eval_interval validation.eval_iters validation.eval_answer_tokens validation.probe_interval
 run.save_interval run.keep_last run.keep_every run.max_skipped run.exit_interval run.log_interval
 run.check_weight_hash_across_dp_replicas_interval
 run.profile_step_start run.profile_step_end

@@ -111,7 +111,11 @@ def _check_validation(config: Config) -> None:
         value = getattr(asked, name)
         _require(value >= 1, f"{name}={value} must be at least 1")
     _require(asked.eval_answers >= 0, f"eval_answers={asked.eval_answers} must not be negative")
-    wanted = [name for name in ("eval_answers", "save_best", "valid_image_folder") if getattr(asked, name)]
+    wanted = [
+        name
+        for name in ("eval_answers", "probe_interval", "save_best", "valid_image_folder")
+        if getattr(asked, name)
+    ]
     _require(
         bool(asked.valid_data_path) or not wanted,
         f"{', '.join(wanted)} needs held-out data: --valid-data-path FILE",

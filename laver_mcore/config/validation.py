@@ -20,5 +20,8 @@ class ValidationConfig:
     """Held-out dialogues whose questions are answered greedily, for their accuracy; 0 answers none."""
     eval_answer_tokens: int = 32
     """Longest such answer."""
+    probe_interval: int | None = None
+    """Iterations between probes of every layer on the first step of held-out rows: similarity and effective rank of an
+    image's tokens, the answers' attention on them; none are made where not given."""
     save_best: Literal["valid_lm_loss", "valid_accuracy"] | None = None
     """Keep the checkpoint that is best by this beside the others, in DIR/best: --load and tools take that folder."""

@@ -215,7 +215,7 @@ class VisionLanguageModel(MegatronModule):
             self.language_model.decoder, hidden, stops, attention_mask=None, packed_seq_params=packed
         )
 
-    def _whole(self, hidden: torch.Tensor) -> torch.Tensor:
+    def whole(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows of a pass [S, D], the same on every tensor- and context-parallel rank."""
         hidden_SD = hidden[:, 0]
         if self.config.sequence_parallel:
@@ -230,11 +230,11 @@ class VisionLanguageModel(MegatronModule):
         """The teacher's pass through this chunk: hidden states for the next stage, or targets [N, K] on the last."""
         assert inputs.teacher_packed is not None
         (hidden,) = self._decode(rows, inputs.teacher_packed)
-        return method.target(self._whole(hidden)[: inputs.num_visual]) if self.post_process else hidden
+        return method.target(self.whole(hidden)[: inputs.num_visual]) if self.post_process else hidden
 
     def _tapped(self, inputs: ModelInputs, hidden: torch.Tensor) -> torch.Tensor:
         """The dialogue's visual rows of a layer's output, ready to travel."""
-        visual_ND = self._whole(hidden).index_select(0, inputs.visual_rows_N)
+        visual_ND = self.whole(hidden).index_select(0, inputs.visual_rows_N)
         return self._share(_pad_rows(visual_ND, inputs.travelling_rows))
 
     def forward(
@@ -283,12 +283,12 @@ class VisionLanguageModel(MegatronModule):
         taught: torch.Tensor | None,
         travelling: Sequence[torch.Tensor],
     ) -> ModelOutput:
-        hidden_SD, start = self._whole(hidden), inputs.num_dialogue
+        hidden_SD, start = self.whole(hidden), inputs.num_dialogue
         return ModelOutput(
             dialogue_TD=hidden_SD[:start],
             images_ND=hidden_SD[start : start + inputs.num_visual] if inputs.reconstruct else None,
             target_NK=taught,
-            travelling=tuple(self._whole(rows)[: inputs.num_visual] for rows in travelling),
+            travelling=tuple(self.whole(rows)[: inputs.num_visual] for rows in travelling),
             output_weight_VD=self.output_weight(),
         )
 

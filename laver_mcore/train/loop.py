@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -153,7 +153,7 @@ def train(
     progress: Progress,
     metrics: Metrics | None,
     told_to_stop: Callable[[], bool] = lambda: False,
-    validation: Validation | None = None,
+    validations: Sequence[Validation] = (),
 ) -> Progress:
     """Run from `progress` to the end (or `exit_interval`), saving as the recipe asks; returns where it stopped.
 
@@ -173,7 +173,7 @@ def train(
     )
     # A rank that fails must not wait at its exit for data threads that wait for the other ranks.
     with contextlib.closing(steps), Saver(engine, data.fingerprint()) as saver:
-        return _train(engine, data, steps, progress, metrics, told_to_stop, validation, saver)
+        return _train(engine, data, steps, progress, metrics, told_to_stop, validations, saver)
 
 
 def _train(
@@ -183,7 +183,7 @@ def _train(
     progress: Progress,
     metrics: Metrics | None,
     told_to_stop: Callable[[], bool],
-    validation: Validation | None,
+    validations: Sequence[Validation],
     saver: Saver,
 ) -> Progress:
     config, topology, total = engine.config, engine.topology, engine.config.train.train_iters
@@ -205,11 +205,11 @@ def _train(
             check_replicas(engine, iteration)
         exiting = iteration == total or _due(iteration, config.run.exit_interval) or told_to_stop()
         profiler.end(iteration, exiting=exiting)
-        validates = validation is not None and validation.due(iteration, exiting=exiting)
+        due = [each for each in validations if each.due(iteration, exiting=exiting)]
         columns, seconds = None, 0.0
-        if metrics is not None and (exiting or validates or _due(iteration, config.run.log_interval)):
+        if metrics is not None and (exiting or due or _due(iteration, config.run.log_interval)):
             columns, seconds = interval.columns(data.take_wait_ms())
-        held_out = validation(state.progress) if validation is not None and validates else {}
+        held_out = dict(entry for each in due for entry in each(state.progress).items())
         if metrics is not None and columns is not None:
             metrics.write(metrics_row(state, result, engine) | columns | held_out, seconds)
             interval.restart()

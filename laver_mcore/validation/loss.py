@@ -82,7 +82,20 @@ def held_out_loss(engine: Engine, data: DialogueData, exchange: Exchange, num_st
 
     All ranks take part and get the same number.
     """
+    with held_out_steps(engine, data, exchange, num_steps) as steps:
+        loss, count = sum(step_loss(engine, batches) for batches in steps).tolist()  # type: ignore[union-attr]
+    return loss / count if count else None
+
+
+@contextlib.contextmanager
+def held_out_steps(
+    engine: Engine, data: DialogueData, exchange: Exchange, num_steps: int
+) -> Iterator[Iterator[list[Batch]]]:
+    """This rank's micro-batches of the first `num_steps` steps of held-out rows, for whole weights."""
     topology, train = engine.topology, engine.config.train
+    if engine.config.parallel.overlap_param_gather:
+        for wrapped in engine.models:
+            wrapped.start_param_sync(force_sync=True)
     steps = data.iterate(
         0,
         num_steps,
@@ -94,5 +107,4 @@ def held_out_loss(engine: Engine, data: DialogueData, exchange: Exchange, num_st
         image_share=(topology.share, topology.num_shares) if topology.on_first_stage else None,
     )
     with contextlib.closing(steps):
-        loss, count = sum(step_loss(engine, batches) for batches in steps).tolist()  # type: ignore[union-attr]
-    return loss / count if count else None
+        yield steps

@@ -41,9 +41,6 @@ class Validator:
     def __call__(self, progress: Progress) -> dict[str, float | None]:
         """Entries for the metrics, the same on all ranks; keeps the checkpoint if it is the best one yet."""
         engine, settings, started = self.engine, self.engine.config.validation, time.perf_counter()
-        if engine.config.parallel.overlap_param_gather:
-            for wrapped in engine.models:
-                wrapped.start_param_sync(force_sync=True)
         found: dict[str, float | None] = {
             "valid_lm_loss": held_out_loss(engine, self.data, self.exchange, self.num_steps())
         }

@@ -47,6 +47,7 @@ def runs(tmp_path_factory):
     held_out = directory / "data" / "held_out.json"
     held_out.write_text(json.dumps(records[:9]))
     asked = f"--valid-data-path {held_out} --eval-answers 9 --eval-answer-tokens 4 --eval-iters 1 --log-interval 5"
+    asked += " --probe-interval 1"
     again = f"--config {recipe} --pretrained-checkpoint {directory}/first --lr 0 --train-iters 1 {asked}"
     same = f"{first} --lr 0 --valid-data-path {directory}/data/train.json --eval-iters 1 --eval-interval 2"
     moving = (
@@ -77,6 +78,15 @@ def test_layouts_agree(runs, layout):
     (row,), (alone,) = read_metrics(runs / layout), read_metrics(runs / "tp1")
     assert row["valid_lm_loss"] == pytest.approx(alone["valid_lm_loss"], rel=1e-6)
     assert row["valid_accuracy"] == alone["valid_accuracy"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_see_the_same_states(runs, layout):
+    (row,), (alone,) = read_metrics(runs / layout), read_metrics(runs / "tp1")
+    names = [name for name in alone if name.startswith("probe_")]
+    assert len(names) == 3 * 4
+    assert all(0 < alone[name] < 16 for name in names)
+    assert [row[name] for name in names] == pytest.approx([alone[name] for name in names], rel=1e-4)
 
 
 def test_accuracy_is_the_share_of_right_answers(runs):

@@ -33,6 +33,7 @@ def command(cell: Cell, setting: Setting, output: Path) -> list[str]:
     flags += ["--data-path", str(data / ("align.json" if aligns else "train.json"))]
     flags += ["--tokenizer-model", str(data / "tokenizer.model"), "--save", str(output / cell.name)]
     flags += ["--seed", str(cell.seed), "--no-tensorboard"]
+    flags += ["--no-exit-signal-handler"]  # a run that is told to stop would end well, and count as finished
     flags += [*setting.common, *(task.align if aligns else task.train), *setting.attention[cell.attention]]
     if cell.start is not None:
         flags += ["--pretrained-checkpoint", str(output / cell.start.name), *setting.arms[cell.arm].flags]

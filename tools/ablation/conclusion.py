@@ -23,7 +23,7 @@ FINDINGS = (
 def verdict(test: dict[str, Any], sign: int) -> str:
     """Whether a difference over seeds has the sign at 95 %, has the other one, or is not shown."""
     if test["low"] is None:
-        return "not tested (one seed)"
+        return "is not tested"
     if sign * test["mean"] > 0 and test["low"] * test["high"] > 0:
         return "holds"
     return "is contradicted" if test["low"] * test["high"] > 0 else "is not shown"
@@ -85,7 +85,7 @@ def _findings(task: dict[str, Any]) -> list[str]:
             unit = "" if quantity == "similarity" else " points"
             lines.append(
                 f"- *{claim[0].upper()}{claim[1:]}* {verdict(test, sign)}: {_points(test, scale)}{unit}, "
-                f"{test['pairs']} seed(s)."
+                f"{test['pairs']} {'seed' if test['pairs'] == 1 else 'seeds'}."
             )
     return lines
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from laver_mcore.config.errors import ConfigError
 from tools.ablation.conclusion import conclusion
 from tools.ablation.setting import RESULT, Setting, cells_of
 
@@ -163,9 +164,17 @@ def summarize(setting: Setting, cells: Sequence[dict[str, Any]]) -> dict[str, An
     return summary
 
 
-def write(setting: Setting, output: Path) -> str:
+def read(path: Path) -> list[dict[str, Any]]:
+    """The cells of a metrics.jsonl.gz; ConfigError where it is none."""
+    try:
+        return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    except (OSError, EOFError, ValueError) as error:
+        raise ConfigError(f"{path} is no metrics.jsonl.gz of an ablation ({error})") from None
+
+
+def write(setting: Setting, output: Path, cells: Sequence[dict[str, Any]]) -> str:
     """Write metrics.jsonl.gz, summary.json and conclusion.md; returns the last."""
-    cells = collect(setting, output)
+    output.mkdir(parents=True, exist_ok=True)
     with gzip.GzipFile(output / "metrics.jsonl.gz", "wb", mtime=0) as file:
         file.write("".join(json.dumps(cell) + "\n" for cell in cells).encode())
     summary = summarize(setting, cells)

@@ -1,5 +1,6 @@
 """The ablation: its cells, its statistics against their definitions, its words, and a toy one from end to end."""
 
+import gzip
 import json
 import math
 import subprocess
@@ -22,6 +23,7 @@ from tools.ablation.setting import ALIGN, RESULT, cells_of, load
 from tools.ablation.watch import less_alike
 
 ROOT = Path(__file__).resolve().parents[3]
+RESULTS = sorted((ROOT / "tools/ablation/results").glob("*.jsonl.gz"))
 SETTINGS = sorted((ROOT / "tools/ablation").glob("*.yaml"))
 CPU = ROOT / "tools/ablation/cpu.yaml"
 LM_ALONE = (ALIGN, "lm", "mixed", "rope_2d", "both", "both_contiguous")
@@ -35,6 +37,7 @@ def test_every_cell_is_a_recipe_that_can_train(path, monkeypatch):
     for cell in cells_of(load(path, seeds=[3])):
         config, _ = parse(command(cell, setting, Path("runs/ablation")))
         assert config.train.seed == 3
+        assert not config.run.exit_signal_handler
         assert (config.objective.name == "lm") == (cell.arm in LM_ALONE)
         assert config.attention.mixed_attention == ("mixed" in cell.attention)
         assert config.attention.rope_2d == ("2d" in cell.attention)
@@ -117,7 +120,7 @@ def test_less_alike_counts_pairs():
         (-0.01, 0.03, 1, "is not shown"),
         (-0.03, -0.01, 1, "is contradicted"),
         (-0.03, -0.01, -1, "holds"),
-        (None, None, 1, "not tested (one seed)"),
+        (None, None, 1, "is not tested"),
     ],
 )
 def test_verdict(low, high, sign, said):
@@ -142,7 +145,7 @@ def write_cells(output, setting, accuracy):
 def test_summary_of_what_is_finished(tmp_path):
     setting = load(CPU)
     write_cells(tmp_path, setting, {"both": 4, "mim": 6})
-    text = summary.write(setting, tmp_path)
+    text = summary.write(setting, tmp_path, summary.collect(setting, tmp_path))
     found = json.loads((tmp_path / "summary.json").read_text())
     assert set(found) == {"demo"}
     accuracies = [0.45, 0.4, 0.45, 0.4, 0.45]
@@ -155,6 +158,21 @@ def test_summary_of_what_is_finished(tmp_path):
     assert only["accuracy_over_pages"]["pairs"] == 2
     assert "*Masked reconstruction alone helps* is not tested" not in text
     assert "| + MIM | LM + mixed + 2D-RoPE | +20.0" in text
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"{")], ids=["text", "no JSON"])
+def test_metrics_that_are_none_are_one_line(content, tmp_path):
+    (tmp_path / "metrics.jsonl.gz").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"is no metrics\.jsonl\.gz"):
+        summary.read(tmp_path / "metrics.jsonl.gz")
+
+
+@pytest.mark.parametrize("results", RESULTS, ids=lambda path: path.name)
+def test_the_documentation_shows_what_the_metrics_say(results, tmp_path):
+    """Every table and every sentence of docs/evidence.md on a committed run comes from its metrics."""
+    text = summary.write(load(CPU), tmp_path, summary.read(results))
+    assert text.strip() in (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+    assert summary.read(tmp_path / "metrics.jsonl.gz") == summary.read(results)
 
 
 TOY = """
