@@ -157,8 +157,8 @@ def elementwise_cases(arch: str) -> list[Case]:
             {"STEP": 4096}, Tile(rows=1, columns=4096, num_warps=8, num_stages=TRITON_STAGES), is_matmul=False,
         ),
         make_case(
-            "logit gradient", arch, logit_gradient, "*bf16 *i64 *fp32 i32 i32 i32 i32",
-            {"STEP": 4096}, Tile(rows=1, columns=4096, num_stages=TRITON_STAGES), is_matmul=False,
+            "logit gradient", arch, logit_gradient, "*bf16 *i64 *fp32 *fp32 i32 i32 i32 i32",
+            {"STEP": 4096, "HAS_WEIGHT": False}, Tile(rows=1, columns=4096, num_stages=TRITON_STAGES), is_matmul=False,
         ),
     ]  # fmt: skip
 

@@ -29,6 +29,32 @@ def test_16_bit(dtype, impl, device, poison, bf16_interpreter):
     check(head_problem("16 bit", 19, 50, chunk_rows=8, dtype=dtype, device=device), impl)
 
 
+@pytest.mark.parametrize("chunk_rows", [4, 16])
+def test_a_weight_known_beforehand_is_in_the_loss_and_its_gradients(chunk_rows, impl, device, poison):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 16, device=device), torch.randn(50, 16, device=device)
+    targets, factor = torch.randint(0, 50, (9,), device=device), torch.tensor(0.375, device=device)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    loss = linear_cross_entropy(*leaves, targets, loss_weight=factor, chunk_rows=chunk_rows, impl=impl)
+    loss.backward()
+    plain = [x.double().requires_grad_() for x in (hidden, weight)]
+    want = 0.375 * torch.nn.functional.cross_entropy(plain[0] @ plain[1].T, targets, reduction="sum")
+    want.backward()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    for got, leaf in zip(leaves, plain, strict=True):
+        torch.testing.assert_close(got.grad.double(), leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the assertion ends the process")
+def test_a_weighted_loss_that_is_multiplied_again_is_an_error(device):
+    pytest.importorskip("triton")
+    hidden, weight = torch.randn(3, 16, requires_grad=True), torch.randn(20, 16, requires_grad=True)
+    targets, factor = torch.zeros(3, dtype=torch.int64), torch.tensor(0.5)
+    loss = linear_cross_entropy(hidden, weight, targets, loss_weight=factor, impl="triton")
+    with pytest.raises(RuntimeError, match="with loss_weight the loss's gradient has to be 1"):
+        (2 * loss).backward()
+
+
 def test_no_rows_keep_a_graph(impl, device):
     hidden = torch.zeros(0, 8, device=device, requires_grad=True)
     weight = torch.randn(20, 8, device=device, requires_grad=True)

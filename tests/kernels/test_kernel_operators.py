@@ -146,7 +146,7 @@ def test_operator_registrations(device, monkeypatch):
         latent.forward_op, (leaf(20, 16), torch.randn(20, 16, device=device), rows, None, 0.1, 0.04, True)
     )
     targets = torch.randint(0, 30, (9,), device=device)
-    opcheck(head.forward_op, (leaf(9, 16), leaf(30, 16), targets, "", 0, 30, 4, True, True))
+    opcheck(head.forward_op, (leaf(9, 16), leaf(30, 16), targets, None, "", 0, 30, 4, True, True))
     average, copy = torch.randn(50, device=device), torch.zeros(50, device=device)
     opcheck(ema.update_op, (average, torch.randn(50, device=device), None, 0.9, copy))
     opcheck(

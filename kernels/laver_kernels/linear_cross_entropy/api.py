@@ -18,6 +18,7 @@ def linear_cross_entropy(
     weight_VD: Tensor,
     targets_N: Tensor,
     *,
+    loss_weight: Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
     vocab_size: int | None = None,
@@ -30,6 +31,8 @@ def linear_cross_entropy(
     `tp_group`, `weight_VD` is this rank's shard, whose first row is column `vocab_start`; every rank gives
     the same rows and gets the same loss, and the gradient of `hidden_ND` is summed over the group. Columns
     from `vocab_size` on are padding and take no part. At most `chunk_rows` rows of logits exist at a time.
+    `loss_weight`, an fp32 (fp64) scalar, multiplies the loss; the gradients are then finished in the forward, and
+    nothing may multiply the loss afterwards.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a vocabulary range that holds no column, and
@@ -43,6 +46,9 @@ def linear_cross_entropy(
     device = hidden_ND.device
     want_tensor(NAME, "weight_VD", weight_VD, ("V", width), (hidden_ND.dtype,), device)
     want_tensor(NAME, "targets_N", targets_N, (num_rows,), (torch.int64,), device)
+    if loss_weight is not None:
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        want_tensor(NAME, "loss_weight", loss_weight, (), (wide,), device)
     if chunk_rows < 1:
         raise ValueError(f"{NAME}: chunk_rows={chunk_rows}, want at least 1")
     shard = _shard(weight_VD.shape[0], tp_group, vocab_start, vocab_size)
@@ -61,8 +67,10 @@ def linear_cross_entropy(
         if backend == "triton":
             from laver_kernels.linear_cross_entropy import triton
 
-            return triton.linear_cross_entropy(hidden_ND, weight_VD, targets_N, shard, chunk_rows)
-        return reference.linear_cross_entropy(hidden_ND, weight_VD, targets_N, shard, chunk_rows)
+            return triton.linear_cross_entropy(
+                hidden_ND, weight_VD, targets_N, loss_weight, shard, chunk_rows
+            )
+        return reference.linear_cross_entropy(hidden_ND, weight_VD, targets_N, loss_weight, shard, chunk_rows)
 
 
 def _shard(

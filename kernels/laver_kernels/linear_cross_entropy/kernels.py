@@ -35,13 +35,16 @@ def logit_statistics(
 
 @triton.jit
 def logit_gradient(
-    LOGITS, TARGETS, LSE, vocab_start, num_real, num_columns, stride, STEP: tl.constexpr
+    LOGITS, TARGETS, LSE, WEIGHT, vocab_start, num_real, num_columns, stride,
+    STEP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """In place: softmax minus one at the target; padding columns get 0."""
+    """In place: softmax minus one at the target, times the loss's weight; padding columns get 0."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * STEP + tl.arange(0, STEP)
     at = LOGITS + row * stride + column
     x = tl.load(at, mask=column < num_real, other=-float("inf")).to(tl.float32)
     p = tl.exp(x - tl.load(LSE + row))
     p = tl.where(column == tl.load(TARGETS + row) - vocab_start, p - 1.0, p)
+    if HAS_WEIGHT:
+        p *= tl.load(WEIGHT)
     tl.store(at, tl.where(column < num_real, p, 0.0).to(LOGITS.dtype.element_ty), mask=column < num_columns)

@@ -43,7 +43,12 @@ class _SumOverGroup(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, shard: VocabularyShard, chunk_rows: int
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    loss_weight: Tensor | None,
+    shard: VocabularyShard,
+    chunk_rows: int,
 ) -> Tensor:
     """The operation of `api.linear_cross_entropy`, computed in fp32 (fp64 for fp64 inputs)."""
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
@@ -54,7 +59,7 @@ def linear_cross_entropy(
     for start in range(0, len(hidden), chunk_rows):
         rows = slice(start, start + chunk_rows)
         loss = loss + _chunk_loss(hidden[rows] @ weight.T, targets_N[rows], shard)
-    return loss
+    return loss if loss_weight is None else loss * loss_weight
 
 
 def _chunk_loss(logits_NV: Tensor, targets_N: Tensor, shard: VocabularyShard) -> Tensor:

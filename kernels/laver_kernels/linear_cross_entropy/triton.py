@@ -1,7 +1,8 @@
 """LM head and cross-entropy on cuBLAS and Triton: chunks of logits, turned into their own gradient in place.
 
 The gradients are made in the forward, as long as a chunk's logits exist: three GEMMs in all, where keeping
-nothing would take a fourth. Scaling them by the incoming gradient is all that is left to the backward.
+nothing would take a fourth. Scaling them by the incoming gradient is all that is left to the backward, and not even
+that where the loss's weight is known beforehand: a weight's gradient of gigabytes is then not written twice.
 """
 
 import torch
@@ -18,7 +19,12 @@ STEP = 4096
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, shard: VocabularyShard, chunk_rows: int
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    loss_weight: Tensor | None,
+    shard: VocabularyShard,
+    chunk_rows: int,
 ) -> Tensor:
     """The operation of `api.linear_cross_entropy` for fp16, bf16 and fp32."""
     want_kernel_dtype("linear_cross_entropy", hidden_ND)
@@ -27,6 +33,7 @@ def linear_cross_entropy(
         hidden_ND,
         weight_VD,
         targets_N,
+        loss_weight,
         "" if shard.group is None else shard.group.group_name,
         shard.start,
         shard.num_real,
@@ -42,6 +49,7 @@ def forward_op(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     targets_N: Tensor,
+    loss_weight: Tensor | None,
     group_name: str,
     vocab_start: int,
     num_real: int,
@@ -49,7 +57,7 @@ def forward_op(
     want_hidden_grad: bool,
     want_weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, and for a gradient of 1 those of hidden and weight (empty where not wanted)."""
+    """Loss, times its weight, and for a gradient of 1 those of hidden and weight (empty where not wanted)."""
     group = _group(group_name)
     hidden, targets = hidden_ND.contiguous(), targets_N.contiguous()
     num_rows, num_columns = hidden.shape[0], weight_VD.shape[0]
@@ -65,8 +73,9 @@ def forward_op(
             continue
         with on_device_of(logits):
             logit_gradient[(len(logits), triton.cdiv(num_columns, STEP))](
-                logits, targets[rows], lse, vocab_start, num_real, num_columns, logits.stride(0), STEP=STEP
-            )
+                logits, targets[rows], lse, lse if loss_weight is None else loss_weight,
+                vocab_start, num_real, num_columns, logits.stride(0), STEP=STEP, HAS_WEIGHT=loss_weight is not None,
+            )  # fmt: skip
         if want_hidden_grad:
             torch.mm(logits, weight_VD, out=dhidden[rows])
         if want_weight_grad:
@@ -75,7 +84,7 @@ def forward_op(
         dist.all_reduce(dhidden, group=group)
     if dweight is None:
         dweight = weight_VD.new_empty(0)
-    return loss, dhidden, dweight.to(weight_VD.dtype)
+    return loss if loss_weight is None else loss * loss_weight, dhidden, dweight.to(weight_VD.dtype)
 
 
 def _group(name: str) -> dist.ProcessGroup | None:
@@ -111,7 +120,16 @@ def _reduced_statistics(
 
 @forward_op.register_fake
 def _(
-    hidden, weight, targets, group_name, vocab_start, num_real, chunk_rows, want_hidden_grad, want_weight_grad
+    hidden,
+    weight,
+    targets,
+    loss_weight,
+    group_name,
+    vocab_start,
+    num_real,
+    chunk_rows,
+    want_hidden_grad,
+    want_weight_grad,
 ):
     return (
         hidden.new_empty((), dtype=torch.float32),
@@ -126,16 +144,22 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dhidden, dweight)
     ctx.wanted = inputs[-2:]
+    ctx.is_weighted = inputs[3] is not None
 
 
 def _backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
+    if ctx.is_weighted:
+        # Asserted on the device: looking at the value would wait for it.
+        torch._assert_async(
+            grad == 1, "linear_cross_entropy: with loss_weight the loss's gradient has to be 1"
+        )
     grads = [
-        (saved * grad).to(saved.dtype) if wanted else None
+        (saved if ctx.is_weighted else (saved * grad).to(saved.dtype)) if wanted else None
         for saved, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     ]
-    return *grads, *(None,) * 7
+    return *grads, *(None,) * 8
 
 
 forward_op.register_autograd(_backward, setup_context=_save_for_backward)
