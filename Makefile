@@ -61,7 +61,7 @@ test-fast: setup ## those that answer within two minutes: no process groups, not
 	@$(PYTEST) -q --ignore tests/integration --ignore tests/gpu -m 'not slow' $(TEST_ARGS)
 
 test-long: setup ## the tests that take minutes each: kills at random moments, the first hour rehearsed
-	@LAVER_LONG=1 $(BIN)/python -m pytest -k 'five_kills or rehearsal or silent_rank or trains_and_is_exported or trains_under_layouts or lies_elsewhere or sigterm_saves or (diagnose and command_line)' $(TEST_ARGS)
+	@LAVER_LONG=1 $(BIN)/python -m pytest -k 'five_kills or rehearsal or silent_rank or trains_and_is_exported or trains_under_layouts or lies_elsewhere or sigterm_saves or (diagnose and command_line) or (refuses_or_reads and images)' $(TEST_ARGS)
 
 test-all: setup-data $(STAMPS)/test-all ## the tests, with every library that some of them need
 	@$(PYTEST) $(TEST_ARGS)
@@ -75,6 +75,9 @@ mutants-short: setup-data ## the same with about twenty of them
 
 chaos: setup ## kill ranks of small runs 51 times, saves in flight included; writes runs/chaos/summary.json
 	@$(BIN)/python tests/chaos/run.py $(CHAOS_ARGS)
+
+fuzz: setup ## damaged and senseless input for every reader, 10,000 of them (LAVER_FUZZ_SEED=1: others)
+	@LAVER_LONG=1 LAVER_FUZZ=10000 $(BIN)/python -m pytest tests/fuzz $(TEST_ARGS)
 
 lint: setup ## style and likely mistakes, formatting included
 	@$(BIN)/ruff check --quiet $(LINTED)
