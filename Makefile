@@ -85,6 +85,9 @@ chaos: setup ## kill ranks of small runs 51 times, saves in flight included; wri
 soak: setup ## does a run of 2,000 steps grow? writes runs/soak/soak.json
 	@$(BIN)/python tests/chaos/soak.py $(SOAK_ARGS)
 
+fuzz: setup ## damaged and senseless input for every reader, 10,000 of them (LAVER_FUZZ_SEED=1: others)
+	@LAVER_LONG=1 LAVER_FUZZ=10000 $(BIN)/python -m pytest tests/fuzz $(TEST_ARGS)
+
 lint: setup ## style and likely mistakes, formatting included
 	@$(BIN)/ruff check --quiet $(LINTED)
 	@$(BIN)/ruff format --quiet --check $(LINTED) || { echo "run: make format" >&2; exit 1; }

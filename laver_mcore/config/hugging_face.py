@@ -108,9 +108,10 @@ def _not_supported(config: dict[str, Any]) -> str | None:
     # Qwen names a window and a flag that turns it on; others' windows have no flag.
     if config.get("use_sliding_window", config.get("sliding_window") is not None):
         return f"sliding-window attention (sliding_window={config.get('sliding_window')})"
-    other = set(config.get("layer_types") or ()) - {"full_attention"}
+    layers = config.get("layer_types") or []
+    other = [kind for kind in layers if kind != "full_attention"] if isinstance(layers, list) else [layers]
     if other:
-        return f"attention of type {min(other)}"
+        return f"attention of type {min(map(str, other))}"
     if config.get("quantization_config"):
         return "a quantised model (quantization_config)"
     for name, plain in (
@@ -144,6 +145,10 @@ def _rope_scaling(rope: dict[str, Any], family: DecoderFamily, file: Path) -> tu
     missing = [name for name in _SCALING if name not in rope]
     if missing:
         raise ConfigError(f"{file}: rope_type='llama3' without {missing[0]}")
+    for name in _SCALING:
+        value = rope[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ConfigError(f"{file}: {name}={value!r} of rope_type='llama3', wanted a positive number")
     return (*(float(rope[name]) for name in _SCALING[:3]), int(rope[_SCALING[3]]))
 
 

@@ -60,7 +60,11 @@ def read_recipe(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
     `ConfigError` names file and key. `above` are the recipes whose base this one is.
     """
     path = Path(path)
-    if path.resolve() in above:
+    try:
+        own_base = path.resolve() in above
+    except ValueError:  # a null byte, half of a surrogate pair
+        raise ConfigError(f"recipe {str(path)!a} is no name of a file") from None
+    if own_base:
         raise ConfigError(f"recipe {path} is its own base, by way of {' and '.join(p.name for p in above)}")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Recipe) or {}

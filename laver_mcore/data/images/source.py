@@ -149,7 +149,9 @@ def read_parquet_row(path: Path, row_group: int, row: int) -> dict[str, Any]:
     """One row as Python values; DataError when the file is damaged."""
     try:
         return _row_groups.get(path, row_group).slice(row, 1).to_pylist()[0]
-    except (OSError, ValueError, IndexError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # whatever damage provokes in pyarrow, SystemError among it
         raise DataError(
             f"{path}: row group {row_group} cannot be read ({reason(error)}); download it again"
         ) from None
@@ -169,7 +171,11 @@ def is_arrow(path: Path) -> bool:
 
 
 def _read_group(path: Path, group: int) -> Any:
-    return _arrow_batches(path)[group] if is_arrow(path) else open_parquet(path).read_row_group(group)
+    if not is_arrow(path):
+        return open_parquet(path).read_row_group(group)
+    batch = _arrow_batches(path)[group]
+    batch.validate(full=True)  # offsets that lead out of the file would end the process
+    return batch
 
 
 def _arrow_batches(path: Path) -> list[Any]:
@@ -181,7 +187,7 @@ def _arrow_batches(path: Path) -> list[Any]:
         ) from None
     try:
         return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all().to_batches()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever damage provokes in pyarrow
         raise DataError(f"{path}: not an Arrow stream ({reason(error)}); download it again") from None
 
 
@@ -195,5 +201,5 @@ def open_parquet(path: Path) -> Any:
         ) from None
     try:
         return parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever damage provokes in pyarrow
         raise DataError(f"{path}: not a parquet file ({reason(error)}); download it again") from None

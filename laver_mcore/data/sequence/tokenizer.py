@@ -96,6 +96,8 @@ class HuggingFaceTokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 str(path), local_files_only=True, trust_remote_code=False
             )
+            # Settings of which nothing can be made may show when the first text is read.
+            self._tokenizer.encode("x", add_special_tokens=False, verbose=False)
         except (
             Exception
         ) as error:  # the tokenizers library raises bare ones for a model that it does not know
@@ -171,11 +173,11 @@ class SentencePieceTokenizer:
         self._arguments = (path, chat_template, otherwise)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+            own = self._model.vocab_size()
+            pieces = {self._model.id_to_piece(token): token for token in range(own)}
+        except (OSError, RuntimeError, ValueError) as error:  # ValueError: a piece that is no Unicode
             reason = str(error).strip().split("\n")[0]
             raise DataError(f"{path}: not a SentencePiece model ({reason})") from None
-        own = self._model.vocab_size()
-        pieces = {self._model.id_to_piece(token): token for token in range(own)}
         special = {
             text: token
             for text, token in pieces.items()
