@@ -119,8 +119,6 @@ def main(argv: list[str]) -> int:
 
 
 def _report(source: Corpus, args: argparse.Namespace, options: ConvertOptions) -> None:
-    if not args.report.parent.is_dir():  # found before the work, not behind it
-        raise DataError(f"--report {args.report}: there is no folder {args.report.parent}")
     text_tokens: TextTokens = len
     if args.tokenizer:
         from laver_mcore.data.sequence.tokenizer import load_tokenizer

@@ -213,7 +213,7 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(saved, recipe, device, t
     take_steps(engine, 0, 1)
     checkpoint.save(engine, tmp_path, Progress(iteration=1, consumed_rows=4), FINGERPRINT)
 
-    def killed(state, folder, **_):
+    def killed(state, folder, *_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -64,8 +64,8 @@ import os, sys, time
 from laver_mcore.megatron.background import Copied
 def work():
     if os.fork() == 0:                              # as Megatron-Core does for each file
-        print(os.getpid(), flush=True); time.sleep(600)
-    print(os.getpid(), flush=True); time.sleep(600)
+        os.write(1, b'%d\\n' % os.getpid()); time.sleep(600)
+    os.write(1, b'%d\\n' % os.getpid()); time.sleep(600)
 Copied(work)
 time.sleep(600)
 """

@@ -123,8 +123,9 @@ def test_senseless_flags(flags, words, capsys):
 
 def test_a_missing_folder_is_found_before_the_work(folder, capsys):
     argv = f"--input {folder}/data.json --format llava --report {folder}/nowhere/page.html"
-    assert prepare.main(argv.split()) == 1
-    assert "there is no folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare.main(argv.split())
+    assert "page.html: its folder does not exist" in capsys.readouterr().err
 
 
 def test_visual_tokens_are_the_towers(tmp_path):
