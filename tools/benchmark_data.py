@@ -4,16 +4,19 @@
     python tools/benchmark_data.py --images FOLDER --preprocessor CHECKPOINT
     python tools/benchmark_data.py --device cuda      # DALI on the GPU
     python tools/benchmark_data.py --memory 20000     # resident memory while samples pass through the loader
+    python tools/benchmark_data.py --json 250000      # memory and time up to the first batch of a JSON file of 300 MB
 
 Only the ratios of one run mean something: every round measures every path once, and medians are compared.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +34,7 @@ from laver_mcore.data.images.decode import image_size, open_image
 from laver_mcore.data.images.processors import FixedImageProcessor, PatchImageProcessor
 from laver_mcore.data.images.wanted import WantedImage
 from laver_mcore.data.sequence.chat import ChatFormat
-from laver_mcore.data.sequence.tokenizer import SpecialTokens
+from laver_mcore.data.sequence.tokenizer import SpecialTokens, load_tokenizer
 from laver_mcore.data.serve.loader import DialogueData
 
 SIGLIP_384 = {
@@ -181,6 +184,71 @@ def memory(num_samples: int, folder: Path, paths: Sequence[Path], backend: str) 
     return found
 
 
+class _Peak(threading.Thread):
+    """The most memory that this process and those below it had together; pages that they share count once (PSS)."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.mib, self._over = 0.0, threading.Event()
+
+    def run(self) -> None:
+        import psutil
+
+        own = psutil.Process()
+        while not self._over.wait(0.2):
+            total = 0
+            for process in (own, *own.children(recursive=True)):
+                with contextlib.suppress(psutil.Error, OSError):  # one that has just ended
+                    total += process.memory_full_info().pss
+            self.mib = max(self.mib, total / 2**20)
+
+    def stop(self) -> float:
+        """Look no more; returns the peak in MiB."""
+        self._over.set()
+        self.join()
+        return self.mib
+
+
+def first_batch(num_records: int, folder: Path, paths: Sequence[Path], tokenizer: Any) -> None:
+    """Print memory and time from a JSON file of records of 1.2 KB to the first batch, lengths measured by workers."""
+    file = folder / "train.json"
+    words = [
+        f"The {colour} shape {n} stands left of the other one."
+        for n in range(8)
+        for colour in ("red", "dark")
+    ]
+    draw = np.random.default_rng(0)
+    with file.open("w", encoding="utf-8") as out:
+        for n in range(num_records):
+            said = " ".join(words[i] for i in draw.integers(0, len(words), 24))
+            turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": said}]
+            record = {"id": f"record-{n}", "image": paths[n % len(paths)].name, "conversations": turns}
+            out.write(("[" if n == 0 else ",\n") + json.dumps(record))
+        out.write("]")
+    size = file.stat().st_size / 2**20
+    peak, started = _Peak(), time.perf_counter()
+    peak.start()
+    data = DialogueData(
+        file,
+        tokenizer=tokenizer,
+        image_processor=PatchImageProcessor(image_size=128, patch_size=16),
+        seq_length=4096,
+        seed=0,
+        num_workers=2,
+    )
+    indexed = time.perf_counter() - started
+    with contextlib.closing(
+        data.iterate(0, 1, global_batch_size=8, micro_batch_size=1, image_share=(0, 1))
+    ) as steps:
+        next(iter(steps))
+    taken = time.perf_counter() - started
+    most = peak.stop()
+    print(
+        f"{num_records:,} records, {size:.0f} MiB: at most {most:.0f} MiB of memory, {most / size:.2f} of the file"
+    )
+    print(f"lengths after {indexed:.1f} s, the first batch after {taken:.1f} s")
+
+
 def _photographs(args: argparse.Namespace, folder: Path) -> list[Path]:
     if args.images is None:
         return write_photographs(folder, args.count)
@@ -205,6 +273,8 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=int, metavar="SAMPLES", help="measure memory instead")
+    parser.add_argument("--json", type=int, metavar="RECORDS", help="measure a large JSON file instead")
+    parser.add_argument("--tokenizer", help="of the large file: directory or .model file (default: bytes)")
     parser.add_argument("--backend", choices=BACKENDS, default="torch_uint8", help="of the memory run")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -214,6 +284,11 @@ def main() -> None:
         paths = _photographs(args, Path(folder))
         if args.memory:
             memory(args.memory, Path(folder), paths, args.backend)
+            return
+        if args.json:
+            first_batch(
+                args.json, Path(folder), paths, load_tokenizer(args.tokenizer) if args.tokenizer else _Bytes()
+            )
             return
         rates = compare(args, paths)
     reference = next(iter(rates.values()))

@@ -38,7 +38,9 @@ def assert_same_bits(found, wanted):
         assert torch.equal(found[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"]
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_round_trip_is_bit_exact(tmp_path, name, dtype):
     wanted = write_model(tmp_path / "hf", name, dtype, max_shard_size="20KB")

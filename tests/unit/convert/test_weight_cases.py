@@ -97,7 +97,8 @@ REFUSED = {
         "has no place",
     ),
 }
-CODES = ("int8", "uint8", "int16", "int32", "int64", "bool", "float8_e4m3fn", "float8_e5m2", "complex64")
+CODES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "bool", "complex64")
+CODES += ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
 REFUSED |= {
     name: (UNTIED, cast(DOWN, getattr(torch, name)), f"{DOWN} is .*, codes without their scales")
     for name in CODES
