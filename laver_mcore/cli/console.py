@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from laver_mcore.processes import end_with_torchrun
+
 
 def silence_libraries() -> None:
     """Drop what libraries warn of, unless Python was told otherwise (`python -W default`): none of it is a user's.
@@ -44,6 +46,7 @@ def run_and_leave(main: Callable[[list[str]], int]) -> NoReturn:
     A rank that stops early leaves collectives behind in which it and others wait for each other, and the destructor
     of a process group waits for those: the interpreter's own end would never come.
     """
+    end_with_torchrun()
     try:
         status = main(sys.argv[1:])
     except (Exception, KeyboardInterrupt) as error:

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import signal
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,7 +15,7 @@ from laver_mcore.megatron import cpu
 from laver_mcore.megatron.devices import DeviceFacts, check_devices
 from laver_mcore.megatron.environment import check_environment
 from laver_mcore.megatron.rendezvous import fresh_part
-from laver_mcore.processes import end_with_parent
+from laver_mcore.processes import end_with_torchrun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +89,7 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
     ConfigError names a variable of the environment that fits no group, and a port that is taken.
     """
     check_environment()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent(signal.SIGTERM)  # a rank whose torchrun is gone saves, and stops
+    end_with_torchrun()  # for programs that do not start by `console.run_and_leave`
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")

@@ -101,6 +101,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "megatron",
         "model",
         "page",
+        "processes",
         "shapes",
         "train",
         "validation",
