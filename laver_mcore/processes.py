@@ -31,7 +31,6 @@ def end_with_torchrun() -> None:
     with contextlib.suppress(OSError):  # elsewhere than on Linux
         with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
             launcher = file.read()
-        if (
-            b"python" not in launcher and b"torchrun" not in launcher
-        ):  # init, or a shell, has taken this process over
+        # What has no Python in it is init or a shell, which takes over whom others have left.
+        if b"python" not in launcher and b"torchrun" not in launcher:
             os.kill(os.getpid(), signal.SIGTERM)
