@@ -161,9 +161,14 @@ def images(folder: Path) -> Draw:
     backends = {name: make_backend(name, processor) for name in BACKENDS if name in ("pillow", "torch_uint8")}
     picture = Image.open(io.BytesIO(png((40, 24))))
     formats: list[bytes] = []
-    for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"):
+    progressive = {"progressive": True}
+    for kind, settings in (
+        ("JPEG", {}),
+        ("JPEG", progressive),
+        *((k, {}) for k in ("PNG", "GIF", "WEBP", "TIFF", "BMP")),
+    ):
         file = io.BytesIO()
-        picture.save(file, kind)
+        picture.save(file, kind, **settings)
         formats.append(file.getvalue())
 
     def draw(random: Random) -> None:

@@ -8,6 +8,7 @@ else, and GIF and AVIF not at all, so Pillow decodes those, and whatever EXIF wa
 import importlib
 import importlib.util
 import io
+import re
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -56,6 +57,13 @@ class _Dynamic:
 _dynamic = _Dynamic()
 
 
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+_ALL_COEFFICIENTS = b"\x00\x3f\x00"
+"""What a scan of a sequential file has in it: the first to the last, in full precision."""
+_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+"""A marker that ends entropy-coded data: neither a stuffed zero, nor a restart, nor fill."""
+
+
 def decodes(encoded: bytes) -> bool:
     """Whether DALI gives the reference's pixels: an upright JPEG in colour or grey, or opaque PNG of 8 bits.
 
@@ -69,11 +77,39 @@ def decodes(encoded: bytes) -> bool:
             if orientation(image) != 1:
                 return False
             if not is_png:
-                return image.mode in ("RGB", "L")
+                return image.mode in ("RGB", "L") and _is_whole(encoded)
     except DECODE_ERRORS:
         return False
     bits, colour = encoded[24], encoded[25]
     return bits <= 8 and colour in (0, 2, 3) and not _has_transparency(encoded)
+
+
+def _is_whole(jpeg: bytes) -> bool:
+    """Whether segment follows segment to the end, one scan in a sequential file.
+
+    DALI passes over much that libjpeg, by which the reference reads, refuses.
+    """
+    position, sequential, scans = 2, False, 0
+    while position + 4 <= len(jpeg) and jpeg[position] == 0xFF:
+        marker = jpeg[position + 1]
+        if marker == 0xFF:  # fill
+            position += 1
+            continue
+        if not (0xC0 <= marker <= 0xCF or 0xDA <= marker <= 0xEF or marker == 0xFE):
+            return False
+        sequential |= marker in (0xC0, 0xC1)
+        position += 2 + int.from_bytes(jpeg[position + 2 : position + 4])
+        if marker == _START_OF_SCAN:
+            scans += 1
+            found = _AFTER_SCAN.search(jpeg, position)
+            if found is None or (
+                sequential and (scans > 1 or jpeg[position - 3 : position] != _ALL_COEFFICIENTS)
+            ):
+                return False
+            position = found.start()
+            if jpeg[position + 1] == _END_OF_IMAGE:
+                return True
+    return False
 
 
 def _has_transparency(png: bytes) -> bool:

@@ -1,5 +1,7 @@
 """Pixels of every backend against transformers' processors, on pictures that readers disagree about."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +118,45 @@ def test_encoder_free_patches_agree_over_backends():
     expected, _ = make_backend("pillow", ours)(images)
     got, _ = make_backend("torch_uint8", ours)(images)
     assert (got - expected).abs().max() <= 2 / 127.5
+
+
+def jpeg_of(**settings):
+    file = io.BytesIO()
+    picture().convert("RGB").save(file, "JPEG", **settings)
+    return file.getvalue()
+
+
+def spoilt(jpeg, marker):
+    """A marker in the middle of the last scan."""
+    place = (jpeg.rindex(b"\xff\xda") + len(jpeg)) // 2
+    return jpeg[:place] + bytes((0xFF, marker)) + jpeg[place + 2 :]
+
+
+def second_scan(jpeg):
+    """A sequential file whose scan stands in it twice."""
+    start = jpeg.rindex(b"\xff\xda")
+    return jpeg[:-2] + jpeg[start:]
+
+
+# JPEG -> whether it is DALI's to decode.
+WHOLE = {
+    "sequential": (jpeg_of(), True),
+    "progressive": (jpeg_of(progressive=True), True),
+    "optimised, grey": (jpeg_of(optimize=True), True),
+    "with restarts": (jpeg_of(restart_marker_blocks=2), True),
+    "with a comment and a profile": (jpeg_of(comment=b"\xff\xb2", icc_profile=b"\xff\xf0" * 40), True),
+    "cut off": (jpeg_of()[:-40], False),
+    "without its end": (jpeg_of()[:-2], False),
+    "a marker that is none": (spoilt(jpeg_of(), 0xB2), False),
+    "another": (spoilt(jpeg_of(progressive=True), 0xF0), False),
+    "two scans": (second_scan(jpeg_of()), False),
+    "scan of some coefficients": (jpeg_of().replace(b"\x00\x3f\x00", b"\x00\x00\x00", 1), False),
+}
+
+
+@pytest.mark.parametrize(("jpeg", "wanted"), WHOLE.values(), ids=WHOLE)
+def test_damaged_jpegs_go_to_the_reference(jpeg, wanted):
+    assert dali.decodes(jpeg) == wanted
 
 
 @pytest.mark.parametrize("name", hard_pictures())
