@@ -276,7 +276,7 @@ def test_starts_without_torch():
 def page_examples():
     """(command, what the page says it prints) of every pair of blocks."""
     blocks = PAGE.read_text(encoding="utf-8").split("```")[1::2]
-    commands = [i for i, block in enumerate(blocks) if block.startswith("sh\npython -m laver_mcore.plan")]
+    commands = [i for i, block in enumerate(blocks) if block.startswith("sh\nlaver plan")]
     return [(blocks[i][3:].strip(), blocks[i + 1].removeprefix("text\n").rstrip("\n")) for i in commands]
 
 
@@ -285,5 +285,5 @@ def test_page_shows_what_its_commands_print(capsys, monkeypatch, number):
     monkeypatch.chdir(REPOSITORY)
     command, shown = page_examples()[number]
     words = shlex.split(command.replace("\\\n", " "))
-    assert words[:3] == ["python", "-m", "laver_mcore.plan"]
-    assert run_plan(capsys, *words[3:])[:2] == (0, shown + "\n")
+    assert words[:2] == ["laver", "plan"]
+    assert run_plan(capsys, *words[2:])[:2] == (0, shown + "\n")
