@@ -32,8 +32,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="run the Python files of an exported model's directory",
     )
     args = parser.parse_args(argv)
-    if args.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens {args.max_new_tokens} is not at least 1")
+    parser.want_at_least(1, args, "max_new_tokens")
     if not 0 <= args.temperature < float("inf"):
         parser.error(f"--temperature {args.temperature} is no number from 0 on")
     return args

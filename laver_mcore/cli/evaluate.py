@@ -38,9 +38,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="run the Python files of an exported model's directory",
     )
     args = parser.parse_args(argv)
-    for name in ("batch_size", "limit"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value} is not at least 1")
+    parser.want_at_least(1, args, "batch_size", "limit")
     if not (args.model / "config.json").is_file():
         parser.error(f"{args.model} has no config.json; give a directory that `laver export` wrote")
     if (

@@ -177,9 +177,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=1, help="how many")
     parser.add_argument("--output", type=file_to_write, required=True, help="HTML file to write")
     args, rest = parser.parse_known_args(argv)
-    for name, lowest in (("step", 0), ("steps", 1)):
-        if getattr(args, name) < lowest:
-            parser.error(f"--{name} {getattr(args, name)} is not at least {lowest}")
+    parser.want_at_least(0, args, "step")
+    parser.want_at_least(1, args, "steps")
     try:
         config, _ = parse(rest)
         text = page(config, range(args.step, args.step + args.steps))

@@ -28,9 +28,7 @@ def split(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def launch(name: str, flags: argparse.Namespace, rest: list[str]) -> int:
     """Run a command in processes that torchrun starts and watches; returns the exit status of the first to fail."""
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # which torchrun sets in any case, after a warning of five lines
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun does so in any case, with five lines about it
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "540")  # a run that is told to stop saves first
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException

@@ -8,7 +8,7 @@ import importlib
 import sys
 from typing import NamedTuple, NoReturn
 
-from laver_mcore.cli.console import run_and_leave, silence_libraries
+from laver_mcore.cli.console import refuse, run_and_leave, silence_libraries
 from laver_mcore.cli.launch import LAUNCHED, launch, split
 
 
@@ -53,9 +53,9 @@ def main(argv: list[str]) -> int:
         print(usage())
         return 0 if argv else 2
     name, *rest = argv
+    sys.argv = ["laver", *argv]
     if name not in COMMANDS:
-        print(f"laver: error: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        return refuse(f"no command {name!r}; there are {', '.join(COMMANDS)}")
     sys.argv = [f"laver {name}", *rest]  # the name by which the command speaks of itself
     if name in LAUNCHED:
         flags, rest = split(rest)

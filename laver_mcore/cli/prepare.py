@@ -26,7 +26,7 @@ from laver_mcore.data.prepare.transcode import ImageLimits
 from laver_mcore.data.records.finevision import RATINGS, RatingFilter
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> FlagParser:
     parser = FlagParser(__doc__)
     parser.add_argument(
         "--input", type=Path, help="JSON / JSONL file; parquet, Arrow or tar file, or a folder of them"
@@ -77,9 +77,7 @@ def main(argv: list[str]) -> int:
         parser.error("give --output, or --report and no --output")
     if args.report is None and (args.tokenizer or args.vision_path):
         parser.error("--tokenizer and --vision-path are of the --report")
-    for name in ("num_samples", "workers", "samples_per_shard", "max_pixels"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value} is not at least 1")
+    parser.want_at_least(1, args, "num_samples", "workers", "samples_per_shard", "max_pixels")
     if not args.max_aspect >= 1:
         parser.error(f"--max-aspect {args.max_aspect} is not at least 1")
     if not 0 <= args.max_bad_fraction <= 1:

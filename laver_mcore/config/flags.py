@@ -48,6 +48,12 @@ class FlagParser(argparse.ArgumentParser):
             found.append("=".join([dashed, *value]) if dashed in self._option_string_actions else arg)
         return found
 
+    def want_at_least(self, lowest: int, args: argparse.Namespace, *names: str) -> None:
+        """Refuse a flag below `lowest`; one that was not given passes."""
+        for name in names:
+            if (value := getattr(args, name)) is not None and value < lowest:
+                self.error(f"--{name.replace('_', '-')} {value} is not at least {lowest}")
+
     def error(self, message: str) -> NoReturn:
         """End the program with status 2 and one line."""
         self.exit(2, f"{self.prog}: error: {message}\n" if os.environ.get("RANK", "0") == "0" else None)

@@ -31,9 +31,8 @@ _SPARE = 1.05
 def check_finite(chunks: Sequence[torch.nn.Module]) -> None:
     """`SaveError` on all ranks where a weight is not finite: such a checkpoint is worth less than the one before."""
     named = {name: parameter for chunk in chunks for name, parameter in chunk.named_parameters()}
-    largest = torch._foreach_norm(
-        list(named.values()), float("inf")
-    )  # one look at each number, no copy of any
+    # One look at each number, no copy of any.
+    largest = torch._foreach_norm(list(named.values()), float("inf"))
     names = [name for name, norm in zip(named, largest, strict=True) if not math.isfinite(norm)]
     gathered: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(gathered, names)

@@ -86,9 +86,9 @@ def open_newest(
 
 def lacks_frozen(directory: str | Path, *, verify: bool) -> bool:
     """Whether the newest checkpoint of a run holds LoRA's adapters without the weights beside which they stand."""
-    return (
-        bool(_common(directory, verify)[1].get("without_frozen", False)) if candidates(directory) else False
-    )
+    if not candidates(directory):
+        return False
+    return bool(_common(directory, verify)[1].get("without_frozen", False))
 
 
 def check_trained_with(directory: str | Path, config: Config, tokenizer: Tokenizer) -> None:

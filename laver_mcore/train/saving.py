@@ -35,9 +35,8 @@ class Saver:
         """Write a checkpoint, after the one before; `SaveError` where there will be no other chance."""
         self.wait()
         try:
-            if (
-                just_skipped > 1 and not last
-            ):  # weights that give such gradients are worth less than those before
+            # Weights that give such gradients are worth less than those before.
+            if just_skipped > 1 and not last:
                 raise SaveError(
                     f"iteration {progress.iteration}: not saved (the last {just_skipped} steps were skipped)"
                 )

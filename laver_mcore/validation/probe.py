@@ -96,9 +96,8 @@ class _Taps:
         def seen(layer: Any, _: Any, output: Any) -> None:
             batch, topology = self._next(layer), self.engine.topology
             hidden_TD = chunk.whole(output[0] if isinstance(output, tuple) else output)
-            if topology.share == 0 and len(
-                batch.visual_rows_N
-            ):  # the same on all ranks that share these rows
+            # The same on all ranks that share these rows: one adds it.
+            if topology.share == 0 and len(batch.visual_rows_N):
                 visual_ND = hidden_TD[batch.visual_rows_N.to(topology.device)]
                 rank = sum(map(measures.effective_rank, visual_ND.split(batch.image_lengths)))
                 row = self.sums_LX[layer.layer_number - 1]
