@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from laver_mcore.data.images.decode import encoded_size, image_size
 from laver_mcore.data.images.source import TarMember, read_image_bytes
 from laver_mcore.data.records.sample import Sample, UniqueKeys
 from laver_mcore.data.records.sources import Source
-from laver_mcore.data.sequence.prompt import encode_sample
+from laver_mcore.data.sequence.prompt import text_length
 from laver_mcore.data.sequence.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 FOLDER = ".laver_index"
 _VERSION = 2
 _CHUNK = 256  # samples measured at a time
+_CHUNKS_OF_ONE_PROCESS = 8  # as many are measured before a worker has started
 _KEPT_BAD = 0.05  # share of unusable samples up to which an index is kept
 _CACHED_FROM = 2000  # samples; a smaller set is measured faster than it is found
 _ARRAYS = ("locators", "text_lengths", "image_starts", "image_sizes", "key_starts", "keys")
@@ -99,9 +100,7 @@ def measure(
             with one_sample(f"{source.name}{list(locator)}"):
                 sample = source.read(locator, check_files=True)
                 sizes = tuple(_image_size(image) for image in sample.images)
-                # Grids of no token: what is left is text, with the two tokens around each image.
-                empty = [(0, 0)] * len(sizes)
-                length = len(encode_sample(sample.turns, empty, tokenizer, system_prompt=system_prompt))
+                length = text_length(sample.turns, len(sizes), tokenizer, system_prompt=system_prompt)
         except DataError as error:
             found.append(Measured(name="", locator=locator, error=str(error), kind=error.kind))
         else:
@@ -135,10 +134,12 @@ def get_index(
     found = None if target is None else _kept(source, target, tokenizer, system_prompt)
     if found is not None:
         return found
-    locators = list(
+    records = iter(
         tqdm(source.scan(), desc=f"reading {source.name}", unit=" records", delay=2.0, disable=None)
     )
-    if target is None or len(locators) < _CACHED_FROM:
+    first = list(islice(records, _CACHED_FROM))
+    locators = chain(first, records)
+    if target is None or len(first) < _CACHED_FROM:
         return _build(source, locators, tokenizer, system_prompt, num_workers)
     with _locked(target) as writable:
         found = _kept(source, target, tokenizer, system_prompt)
@@ -146,7 +147,7 @@ def get_index(
             return found
         index = _build(source, locators, tokenizer, system_prompt, num_workers)
         # Much that is bad at once is a folder in the wrong place, not the samples: it is looked at again.
-        if not writable or len(index.bad) > _KEPT_BAD * len(locators):
+        if not writable or len(index.bad) > _KEPT_BAD * (len(index) + len(index.bad)):
             return index
         shutil.rmtree(target, ignore_errors=True)
         _store(index, target)
@@ -187,39 +188,41 @@ def _locked(target: Path) -> Iterator[bool]:
 
 def _build(
     source: Source,
-    locators: list[tuple[int, ...]],
+    locators: Iterable[tuple[int, ...]],
     tokenizer: Tokenizer,
     system_prompt: str,
     num_workers: int,
 ) -> SourceIndex:
-    if not locators:
+    chunks = _chunks(locators)
+    first = list(islice(chunks, _CHUNKS_OF_ONE_PROCESS + 1))
+    if not first:
         raise DataError(f"{getattr(source, 'path', source.name)}: holds no records")
-    bar = tqdm(total=len(locators), desc=f"measuring {source.name}", unit=" samples", delay=2.0, disable=None)
+    if num_workers == 0 or len(first) <= _CHUNKS_OF_ONE_PROCESS:
+        here = [*first, *chunks]
+        measured = (measure(source, chunk, tokenizer, system_prompt) for chunk in here)
+        return _assemble(source, _followed(source, measured, sum(map(len, here))))
+    # Workers start and measure while the records behind are still looked for.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(
+        num_workers, mp_context=spawn, initializer=_start, initargs=(source, tokenizer, system_prompt)
+    )
+    try:
+        futures = [pool.submit(_measure_here, chunk) for chunk in chain(first, chunks)]
+        measured = (future.result() for future in futures)
+        return _assemble(source, _followed(source, measured, len(futures) * _CHUNK))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _followed(source: Source, measured: Iterable[list[Measured]], total: int) -> list[Measured]:
+    """All chunks' measurements, behind a progress bar."""
+    bar = tqdm(total=total, desc=f"measuring {source.name}", unit=" samples", delay=2.0, disable=None)
     results: list[Measured] = []
     with bar:
-        for chunk in _measure_all(source, locators, tokenizer, system_prompt, num_workers):
+        for chunk in measured:
             results.extend(chunk)
             bar.update(len(chunk))
-    return _assemble(source, results)
-
-
-def _measure_all(
-    source: Source,
-    locators: list[tuple[int, ...]],
-    tokenizer: Tokenizer,
-    system_prompt: str,
-    num_workers: int,
-) -> Iterator[list[Measured]]:
-    chunks = _chunks(locators)
-    if num_workers == 0 or len(locators) <= 8 * _CHUNK:
-        for chunk in chunks:
-            yield measure(source, chunk, tokenizer, system_prompt)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        num_workers, mp_context=spawn, initializer=_start, initargs=(source, tokenizer, system_prompt)
-    ) as pool:
-        yield from pool.map(_measure_here, chunks)
+    return results
 
 
 _state: tuple[Source, Tokenizer, str]  # of a measuring process; set once, by `_start`

@@ -4,6 +4,7 @@ import base64
 import binascii
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -36,12 +37,21 @@ class ImageFolder:
         if scheme == "file":
             name = unquote(urlsplit(name).path)
         path = self.path / name
-        if not self.allow_outside and not _is_inside(path, self.path):
+        if not self.allow_outside and not self._holds(path):
             raise _refusal(
                 f"{where}: image {shortened(name)!r} lies outside {self.path}; give the folder that holds "
                 "the images, or allow_outside_images"
             )
         return path
+
+    @cached_property
+    def _absolute(self) -> str:
+        return os.path.abspath(self.path)
+
+    def _holds(self, path: Path) -> bool:
+        """By the names alone: a link inside the folder may lead anywhere, for its owner has put it there."""
+        inside = os.path.abspath(path)
+        return inside.startswith(self._absolute.rstrip(os.sep) + os.sep) or inside == self._absolute
 
 
 def check_exists(image: ImageSource, where: str) -> None:
@@ -60,12 +70,6 @@ def _name(reference: Any) -> str | None:
     if isinstance(reference, dict):  # {path, bytes}, {url}, {image: path}
         reference = present(reference, "path", "url", "image")
     return reference if isinstance(reference, str) and reference else None
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    """By the names alone: a link inside the folder may lead anywhere, for its owner has put it there."""
-    inside, outer = os.path.abspath(path), os.path.abspath(folder)
-    return inside.startswith(outer.rstrip(os.sep) + os.sep) or inside == outer
 
 
 def _inline(uri: str, where: str) -> LoadedImage:

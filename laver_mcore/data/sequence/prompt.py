@@ -84,6 +84,19 @@ def encode_sample(
     return writer.finish()
 
 
+def text_length(
+    turns: Sequence[Turn],
+    num_images: int,
+    tokenizer: Tokenizer,
+    *,
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+) -> int:
+    """Tokens of a conversation for training without the visual ones, the two around each image included."""
+    writer = _Writer(tokenizer, [(0, 0)] * num_images)
+    writer.conversation(turns, system_prompt)
+    return writer.length()
+
+
 def encode_prompt(
     turns: Sequence[Turn],
     grids: Sequence[tuple[int, int]],
@@ -142,11 +155,15 @@ class _Writer:
                 start = len(self._ids)
         self._flush()
 
-    def finish(self) -> EncodedSample:
+    def length(self) -> int:
         if len(self._spans) != len(self._grids):
             raise DataError(
                 f"{len(self._spans)} {IMAGE_PLACEHOLDER} placeholder(s), {len(self._grids)} image(s)"
             )
+        return len(self._ids)
+
+    def finish(self) -> EncodedSample:
+        self.length()
         token_ids_L = np.array(self._ids, dtype=np.int32)
         labels_L = np.full_like(token_ids_L, IGNORE)
         for start, stop in self._learned:

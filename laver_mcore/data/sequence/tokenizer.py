@@ -4,6 +4,7 @@
 tokens enter a prompt by id only (`prompt.py`). Tokens for vision that a tokenizer lacks follow its own ids.
 """
 
+import functools
 import hashlib
 import re
 import threading
@@ -233,9 +234,11 @@ class _Prefix:
 
     _ANCHOR = "\n"
     _PROBES = ("x", "The", "5", "(")
+    _SHORT = 128  # characters; a template's own texts and the questions that a data set repeats
 
     def __init__(self, plain: Callable[[str], list[int]], behind: Callable[[str], list[int]]) -> None:
         self._plain, self._anchor = plain, plain(self._ANCHOR)
+        self._remembered = functools.lru_cache(maxsize=4096)(self._encode)
         self._adds = any(self._within(text) != plain(text) for text in self._PROBES)
         self._adds_behind_special = self._adds and all(behind(text) == plain(text) for text in self._PROBES)
 
@@ -248,6 +251,9 @@ class _Prefix:
         return self._plain(text) if joined else ids[len(self._anchor) :]
 
     def encode(self, text: str, after: str | None) -> list[int]:
+        return [*self._remembered(text, after)] if len(text) <= self._SHORT else self._encode(text, after)
+
+    def _encode(self, text: str, after: str | None) -> list[int]:
         if self._adds and (after == "text" or (after == "special" and not self._adds_behind_special)):
             return self._within(text)
         return self._plain(text)

@@ -1,6 +1,7 @@
 """The index: measured once, found again, equal to reading everything, and honest about bad samples."""
 
 import json
+import multiprocessing
 import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from laver_mcore.data.images.processors import PatchImageProcessor
 from laver_mcore.data.order import index as index_module
 from laver_mcore.data.order.index import FOLDER, get_index
 from laver_mcore.data.records.sources import open_source
+from laver_mcore.data.sequence.prompt import encode_sample
 from laver_mcore.data.serve.loader import DialogueData
 
 PROCESSOR = PatchImageProcessor(image_size=16, patch_size=8)
@@ -108,3 +110,24 @@ def test_sets_are_numbered_and_keep_their_keys_apart(corpus, hugging_face):
     assert {data.samples.key(n) for n in (0, 10)} == {"0/s0", "1/s0"}
     assert data.samples[10].turns == data.samples[0].turns
     assert data.fingerprint() != build([corpus, corpus], hugging_face).fingerprint()
+
+
+def test_a_break_behind_many_records_is_named_without_measuring_them_first(corpus, hugging_face, monkeypatch):
+    record = json.loads(corpus.read_text())[0]
+    corpus.write_text(json.dumps([record] * 400)[:-1] + ", {")
+    monkeypatch.setattr(index_module, "_CHUNK", 4)
+    monkeypatch.setattr(index_module, "measure", lambda *_: pytest.fail("measured here"))
+    source = open_source(corpus, corpus.parent)
+    with pytest.raises(DataError, match="broken JSON"):
+        get_index(source, hugging_face, "", num_workers=1, folder=corpus.parent / FOLDER)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("prompt", ["", "You are a helpful assistant."])
+def test_text_lengths_are_those_of_whole_prompts_around_images_of_no_token(corpus, hugging_face, prompt):
+    index = get_index(open_source(corpus, corpus.parent), hugging_face, prompt)
+    samples = [index.sample(number) for number in range(len(index))]
+    whole = [
+        encode_sample(s.turns, [(0, 0)] * len(s.images), hugging_face, system_prompt=prompt) for s in samples
+    ]
+    assert index.text_lengths.tolist() == [len(each.token_ids_L) for each in whole]
