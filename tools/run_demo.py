@@ -90,6 +90,27 @@ def _evaluate(arguments: Arguments, *runs: Path) -> list[Path]:
     return [run / "answers.jsonl" for run in runs]
 
 
+def _diagnose(arguments: Arguments, laver: Path, lm_only: Path) -> tuple[str, dict[str, Path]]:
+    """What LaVer's student made of masked tokens, in a sentence, and pictures by title."""
+    folder = arguments.output / "diagnosis"
+    models = ("--model", str(laver), str(lm_only), "--teacher-of", str(laver))
+    data = (
+        "--data",
+        str(arguments.data / "heldout.json"),
+        "--num-questions",
+        "2" if arguments.short else "8",
+    )
+    quick = ("--skip", "accuracy", "states", "--output", str(folder))
+    _run(sys.executable, "tools/diagnose.py", *models, *data, *quick)
+    found = json.loads((folder / "diagnosis.json").read_text(encoding="utf-8"))
+    return found["masked"][str(laver)], {
+        "Masked tokens, and the teacher's tokens nearest to what the student made of them": folder
+        / "masked.png",
+        "Attention of an answer's first token, by layer": folder / "attention.png",
+        "Cosines of a page's visual tokens in the last layer": folder / "gram.png",
+    }
+
+
 def run_demo(arguments: Arguments) -> dict[str, Any]:
     """Run everything; returns what summary.json holds."""
     started = time.monotonic()
@@ -99,6 +120,7 @@ def run_demo(arguments: Arguments) -> dict[str, Any]:
     laver = _train(arguments, "stage2", 2, "--pretrained-checkpoint", str(align))
     lm_only = _train(arguments, "lm_only_stage2", 2, "--pretrained-checkpoint", str(align), *LM_ONLY)
     answers, lm_answers = _evaluate(arguments, laver, lm_only)
+    masked, pictures = _diagnose(arguments, laver, lm_only)
     gap = difference(answers, lm_answers)
     summary = {
         "accuracy": digit_accuracy(answers),
@@ -108,11 +130,12 @@ def run_demo(arguments: Arguments) -> dict[str, Any]:
         "sentence": "A shortened demo says nothing about what LaVer changes: neither run has learned to read."
         if arguments.short
         else gap.sentence("LaVer", "the language model's loss alone"),
+        "masked": masked,
         "seconds": round(time.monotonic() - started, 1),
     }
     (arguments.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     runs = {"LaVer": [align, laver], "LM only": [align, lm_only]}
-    write_report(arguments.output, runs, answers, summary)
+    write_report(arguments.output, runs, answers, summary, pictures)
     return summary
 
 

@@ -11,13 +11,19 @@ import contextlib
 import csv
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from laver_mcore.cli.console import refuse
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.flags import FlagParser, folder_to_write
+from laver_mcore.config.load import from_recipe, resolve
+from laver_mcore.config.schema import ParallelConfig
+from laver_mcore.data.records.sample import Turn
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -33,7 +39,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--image-folder", help="folder of the images; the data file's own folder where not given")
     add("--output", type=folder_to_write, default=Path("diagnosis"), help="folder to write")
     add("--num-questions", type=int, default=32, help="at most so many dialogues")
-    add("--teacher-of", nargs="+", default=[], metavar="RUN", help="runs whose EMA teacher is shown, too")
+    add(
+        "--teacher-of",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="runs whose EMA teacher is shown, too, and what they make of masked tokens",
+    )
+    add(
+        "--skip",
+        nargs="+",
+        default=[],
+        choices=("accuracy", "states"),
+        help="leave out answers to changed pictures, or the map of states: what takes longest",
+    )
     add(
         "--encoder",
         help="vision encoder (transformers) that each layer's visual tokens are compared with (CKNNA)",
@@ -113,6 +132,40 @@ def _told_of(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path} cannot be loaded by transformers ({why})") from None
 
 
+def reconstruct(folder: str, images: Sequence[Any]) -> Any:
+    """What the run in `folder` makes of tokens of `images`, masked as at its last iteration."""
+    from laver_mcore.diagnose.reconstruction import Reconstruction, last_masks, latents, nearest
+    from laver_mcore.megatron import parallel
+    from laver_mcore.train.build import (
+        build_image_processor,
+        build_network,
+        build_tokenizer,
+        resolve_vocab_size,
+    )
+    from laver_mcore.train.saved_weights import load_teacher
+    from laver_mcore.validation.answers import Reader
+
+    config = resolve(replace(from_recipe(Path(folder) / "config.yaml"), parallel=ParallelConfig()))
+    if not (config.objective.reconstructs and config.objective.teacher(config)):
+        raise ConfigError(f"{folder} has no teacher: its objective is {config.objective.name}")
+    tokenizer = build_tokenizer(config)
+    reader = Reader(tokenizer=tokenizer, processor=build_image_processor(config))
+    asked, keys = [Turn("user", "<image>")] * len(images), [str(number) for number in range(len(images))]
+    batch = reader.batch(asked, images, keys=keys, system_prompt=config.data.system_prompt)
+    device = parallel.init_distributed()
+    try:
+        vocab_size = resolve_vocab_size(config, tokenizer)
+        network = build_network(config, parallel.build_topology(config.parallel, device), vocab_size, folder)
+        masked_N = last_masks(network, batch)
+        student_NK = latents(network, batch, masked_N)
+        load_teacher(network.chunks, config, vocab_size, folder)
+        teacher_NK = latents(network, batch, np.zeros_like(masked_N))
+    finally:
+        parallel.forget_groups()
+    found = nearest(student_NK, teacher_NK)
+    return Reconstruction(images=images, grids=batch.image_grids, masked_N=masked_N, nearest_N=found)
+
+
 def diagnose(arguments: argparse.Namespace, scratch: Path) -> None:
     """Read all models and write everything."""
     from laver_mcore.diagnose import pictures, reading
@@ -134,24 +187,43 @@ def diagnose(arguments: argparse.Namespace, scratch: Path) -> None:
         if encoder:
             for row, value in zip(layers[name], alignments(encoder, asked, readings[name]), strict=True):
                 row["cknna"] = value
-        accuracy[name] = reading.accuracies(model, processor, asked, [r.grid for r in readings[name]])
+        if "accuracy" not in arguments.skip:
+            accuracy[name] = reading.accuracies(model, processor, asked, [r.grid for r in readings[name]])
     firsts = {name: found[0] for name, found in readings.items()}
-    drawn = {
-        "Attention of the answer's first token": pictures.attention_maps(asked[0].image, firsts),
-        "Gram matrices of the last layer": pictures.gram_matrices(firsts),
-        "States of the last layer": pictures.scatter({name: found[:8] for name, found in readings.items()}),
-    }
+    found = [reconstruct(run, [question.image for question in asked]) for run in arguments.teacher_of]
+    drawn = [
+        (
+            "attention",
+            "Attention of the answer's first token",
+            pictures.attention_maps(asked[0].image, firsts),
+        ),
+        ("gram", "Gram matrices of the last layer", pictures.gram_matrices(firsts)),
+        *(
+            (f"masked{number or ''}", f"{Path(run).name}: {each.sentence}", pictures.reconstructions(each))
+            for number, (run, each) in enumerate(zip(arguments.teacher_of, found, strict=True))
+        ),
+    ]
+    if "states" not in arguments.skip:
+        states = pictures.scatter({name: read[:8] for name, read in readings.items()})
+        drawn.append(("states", "States of the last layer", states))
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    for name, png in zip(("attention.png", "gram.png", "states.png"), drawn.values(), strict=True):
-        (output / name).write_bytes(png)
-    (output / "diagnosis.json").write_text(json.dumps({"layers": layers, "accuracy": accuracy}, indent=1))
+    for file, _, png in drawn:
+        (output / f"{file}.png").write_bytes(png)
+    numbers = {
+        "layers": layers,
+        "accuracy": accuracy,
+        "masked": {run: each.sentence for run, each in zip(arguments.teacher_of, found, strict=True)},
+    }
+    (output / "diagnosis.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     rows = [{"model": name, **row} for name, found in layers.items() for row in found]
     with (output / "layers.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
-    (output / "index.html").write_text(page(layers, accuracy, drawn), encoding="utf-8")
+    (output / "index.html").write_text(
+        page(layers, accuracy, {title: png for _, title, png in drawn}), encoding="utf-8"
+    )
     print(f"{output / 'index.html'}: {len(asked)} questions, {len(layers)} models")
 
 

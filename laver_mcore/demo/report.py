@@ -13,13 +13,18 @@ from laver_mcore.demo.results import Answer, Stage, read_answers, read_stage, sp
 
 
 def write_report(
-    output_dir: str | Path, runs: dict[str, list[Path]], answers: str | Path, summary: dict[str, Any]
+    output_dir: str | Path,
+    runs: dict[str, list[Path]],
+    answers: str | Path,
+    summary: dict[str, Any],
+    pictures: dict[str, Path] | None = None,
 ) -> tuple[Path, Path]:
     """Write `report.md` and `report.png` into `output_dir` and return their paths.
 
     `runs` maps a name ("LaVer", "LM only") to its run folders, one per stage, in order; the first run is the
-    one whose answers are shown. `summary` holds `accuracy`, `chance`, `lm_only_accuracy` (shares, 0 to 1) and
-    `seconds`; what is absent is left out. ValueError if a metrics or answers file is missing, empty or
+    one whose answers are shown. `summary` holds `accuracy`, `chance`, `lm_only_accuracy` (shares, 0 to 1), `masked`
+    (what was made of masked tokens, a sentence) and `seconds`; what is absent is left out. `pictures` of the models lie
+    below `output_dir`, by title. ValueError if a metrics or answers file is missing, empty or
     broken.
     """
     output = Path(output_dir)
@@ -28,7 +33,8 @@ def write_report(
     output.mkdir(parents=True, exist_ok=True)
     picture, text = output / "report.png", output / "report.md"
     draw_report(picture, stages, questions, summary)
-    text.write_text(_markdown(stages, questions, summary), encoding="utf-8")
+    shown = {title: path.relative_to(output).as_posix() for title, path in (pictures or {}).items()}
+    text.write_text(_markdown(stages, questions, summary, shown), encoding="utf-8")
     return text, picture
 
 
@@ -44,7 +50,9 @@ def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " / ").strip() or "(nothing)"
 
 
-def _markdown(stages: dict[str, list[Stage]], answers: list[Answer], summary: dict[str, Any]) -> str:
+def _markdown(
+    stages: dict[str, list[Stage]], answers: list[Answer], summary: dict[str, Any], pictures: dict[str, str]
+) -> str:
     exact = sum(answer.correct for answer in answers)
     lines = ["# Report", "", "![Curves and sample pages](report.png)", "", "## Held-out accuracy", ""]
     lines += ["| | accuracy |", "|---|---|"]
@@ -58,6 +66,13 @@ def _markdown(stages: dict[str, list[Stage]], answers: list[Answer], summary: di
     lines += ["", f"{exact} of {len(answers)} answers of {names[0]} are right as a whole."]
     if summary.get("seconds") is not None:
         lines.append(f"Everything took {summary['seconds']:.0f} seconds.")
+    if pictures:
+        lines += ["", "## What the models look at", ""]
+        lines += [f"{summary['masked']}", ""] if summary.get("masked") else []
+        lines += [
+            line for title, path in pictures.items() for line in (f"{title}:", "", f"![{title}]({path})", "")
+        ]
+        lines.pop()
     lines += ["", "## Last values of every stage", "", *_stage_table(stages), "", "## Answers", ""]
     lines += ["| page | question | right answer | answer | |", "|---|---|---|---|---|"]
     for answer in spread(answers, 24):

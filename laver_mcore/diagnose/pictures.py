@@ -10,6 +10,7 @@ from PIL import Image
 
 from laver_mcore.diagnose import measures
 from laver_mcore.diagnose.reading import Reading
+from laver_mcore.diagnose.reconstruction import Reconstruction
 
 
 def _png(figure: Figure) -> bytes:
@@ -42,6 +43,19 @@ def gram_matrices(models: Mapping[str, Reading]) -> bytes:
         shown = axis.imshow(measures.gram(reading.visual[-1]), vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set_title(name, fontsize=8)
         figure.colorbar(shown, ax=axis, shrink=0.7)
+    return _png(figure)
+
+
+def reconstructions(reconstruction: Reconstruction, most: int = 8) -> bytes:
+    """Pictures, what the student saw of them, and the teacher's tokens nearest to what it made of the rest."""
+    shown = reconstruction.pictures()[:most]
+    figure = Figure(figsize=(1.5 * len(shown) + 0.6, 5.0), layout="constrained")
+    axes = figure.subplots(3, len(shown), squeeze=False)
+    for row, (line, title) in enumerate(zip(axes, ("picture", "seen", "nearest"), strict=True)):
+        for axis, pictures in zip(line, shown, strict=True):
+            axis.imshow(pictures[row], interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(title, fontsize=8)
     return _png(figure)
 
 

@@ -97,17 +97,28 @@ def read(model: Any, processor: Any, question: Question) -> Reading:
     return reading
 
 
-def shuffled(image: Image.Image, grid: tuple[int, int], seed: int) -> Image.Image:
-    """The picture with its tokens' places exchanged at random."""
+def cells(image: Image.Image, grid: tuple[int, int]) -> np.ndarray:
+    """The picture cut into its tokens' places, row by row: uint8 [N, height, width, 3]."""
     rows, columns = grid
     height, width = max(1, image.height // rows), max(1, image.width // columns)
     pixels = np.asarray(image.convert("RGB").resize((columns * width, rows * height)))
-    cells = (
+    return (
         pixels.reshape(rows, height, columns, width, 3).transpose(0, 2, 1, 3, 4).reshape(-1, height, width, 3)
     )
-    cells = cells[np.random.default_rng(seed).permutation(len(cells))]
-    whole = cells.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+
+
+def from_cells(cells_NHWC: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+    """The picture that `cells` cut."""
+    rows, columns = grid
+    _, height, width, _ = cells_NHWC.shape
+    whole = cells_NHWC.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
     return Image.fromarray(np.ascontiguousarray(whole.reshape(rows * height, columns * width, 3)))
+
+
+def shuffled(image: Image.Image, grid: tuple[int, int], seed: int) -> Image.Image:
+    """The picture with its tokens' places exchanged at random."""
+    cut = cells(image, grid)
+    return from_cells(cut[np.random.default_rng(seed).permutation(len(cut))], grid)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -13,6 +14,7 @@ from laver_mcore.config.trainable import ADAPTERS
 from laver_mcore.data.sequence.tokenizer import VISION_TOKENS, Tokenizer
 from laver_mcore.megatron.checkpoints import CheckpointError, check_tokenizer, identity, may_start
 from laver_mcore.megatron.intact import candidates, newest_intact
+from laver_mcore.megatron.optimizer_state import beside, sharded_parameters
 from laver_mcore.megatron.unpickling import reading
 from laver_mcore.model.initialize import fill_new_rows
 from laver_mcore.model.vision_language import VisionLanguageModel
@@ -135,3 +137,29 @@ def load_weights(
         put_weights(chunk, loaded[f"model{i}"], whole=not (fresh or common.get("without_frozen")))
         fill_new_rows(chunk, common["identity"]["vocab_size"], vocab_size)
     return sorted(fresh)
+
+
+def load_teacher(
+    chunks: list[VisionLanguageModel], config: Config, vocab_size: int, directory: str | Path
+) -> None:
+    """Put the EMA weights of the run's newest checkpoint in the place of those that they are an average of.
+
+    Raises `CheckpointError` where the run had no teacher.
+    """
+    folder, common = open_newest(directory, identity(config, vocab_size), verify=config.run.verify_checkpoint)
+    with reading(folder):
+        stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
+    state: dict[str, Any] = {}
+    owners: dict[str, torch.Tensor] = {}
+    for sharded in sharded_parameters(model_state(chunks, common.get("without_frozen", False))):
+        if f"teacher.{sharded.key}" in stored:
+            name = str(len(state))  # layers share a key
+            state[name] = beside(sharded, "teacher", torch.empty(sharded.data.shape), keeps=None)
+            owners[name] = sharded.data
+    if not state:
+        raise CheckpointError(f"{folder} holds no teacher")
+    with reading(folder):
+        loaded = dist_checkpointing.load(state, str(folder))
+    with torch.no_grad():
+        for name, parameter in owners.items():
+            parameter.copy_(loaded[name].view(parameter.shape))

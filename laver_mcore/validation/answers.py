@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
 from laver_mcore import generate as generation
 from laver_mcore.data.errors import DataError
 from laver_mcore.data.images.decode import open_image
 from laver_mcore.data.images.processors import ImageProcessor
-from laver_mcore.data.records.sample import Sample
+from laver_mcore.data.records.sample import Sample, Turn
+from laver_mcore.data.sequence.batch import Batch, collate
 from laver_mcore.data.sequence.prompt import encode_prompt
 from laver_mcore.data.sequence.tokenizer import Tokenizer
 from laver_mcore.model.network import Network
@@ -28,6 +30,26 @@ class Reader:
     """Questions answered together."""
     max_new_tokens: int = 32
     """Longest answer."""
+
+    def batch(
+        self,
+        questions: Sequence[Turn],
+        images: Sequence[Image.Image],
+        *,
+        keys: Sequence[str],
+        system_prompt: str,
+    ) -> Batch:
+        """A question about each picture, packed into one row."""
+        assert self.processor is not None
+        prompts = [
+            encode_prompt(
+                [turn], [self.processor.grid(*image.size)], self.tokenizer, system_prompt=system_prompt
+            )
+            for turn, image in zip(questions, images, strict=True)
+        ]
+        pixels = self.processor(images)
+        length = sum(map(len, prompts))
+        return collate(prompts, keys, total_length=length, pad_id=self.tokenizer.special.pad, pixels=pixels)
 
 
 def questions_of(samples: Sequence[Sample]) -> list[tuple[Sample, int]]:

@@ -117,7 +117,7 @@ def test_command_line(directory):
     assert all(-1 <= float(row["cknna"]) <= 1 for row in rows)
     assert len(rows) == sum(map(len, found["layers"].values()))
     text = (directory / "out" / "index.html").read_text()
-    assert text.count("data:image/png;base64,") == 3
+    assert text.count("data:image/png;base64,") == 4
     assert "http" not in text
     refused = python("tools/diagnose.py", *argv.split(), "--num-questions", "1")
     assert refused.returncode == 2

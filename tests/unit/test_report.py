@@ -110,3 +110,17 @@ def test_missing_metrics_are_named(tmp_path, content):
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(ValueError, match=r"metrics.jsonl: .*; give the --save folder"):
         read_stage(tmp_path)
+
+
+def test_pictures_of_the_models_stand_between_curves_and_answers(tmp_path, runs, answers):
+    folder = tmp_path / "out" / "diagnosis"
+    summary = {"accuracy": 0.853, "masked": "Of 72 masked tokens, few."}
+    pictures = {"Attention": folder / "attention.png", "Cosines": folder / "gram.png"}
+    text = write_report(tmp_path / "out", runs, answers, summary, pictures)[0].read_text()
+    shown = text[text.index("## What the models look at") : text.index("## Last values")]
+    assert "Of 72 masked tokens, few." in shown
+    assert "![Attention](diagnosis/attention.png)" in shown
+    assert "![Cosines](diagnosis/gram.png)" in shown
+    assert (
+        "What the models look at" not in write_report(tmp_path / "out", runs, answers, summary)[0].read_text()
+    )

@@ -14,8 +14,7 @@ from laver_mcore.config.schema import Config
 from laver_mcore.data.images.decode import open_image
 from laver_mcore.data.records.conversation import load_records
 from laver_mcore.data.records.sample import Sample
-from laver_mcore.data.sequence.batch import Batch, collate
-from laver_mcore.data.sequence.prompt import encode_prompt
+from laver_mcore.data.sequence.batch import Batch
 from laver_mcore.demo.results import digit_scores
 from laver_mcore.megatron import parallel
 from laver_mcore.train.build import build_image_processor, build_tokenizer
@@ -49,24 +48,9 @@ def _held_out(config: Config, data: Path, count: int) -> tuple[list[Sample], Rea
 
 def _batch(samples: list[Sample], reader: Reader, config: Config) -> Batch:
     """First questions of held-out pages, packed into one row."""
-    assert reader.processor is not None
     images = [open_image(sample.images[0]) for sample in samples]
-    prompts = [
-        encode_prompt(
-            sample.turns[:1],
-            [reader.processor.grid(*image.size)],
-            reader.tokenizer,
-            system_prompt=config.data.system_prompt,
-        )
-        for sample, image in zip(samples, images, strict=True)
-    ]
-    return collate(
-        prompts,
-        [sample.key for sample in samples],
-        total_length=sum(map(len, prompts)),
-        pad_id=reader.tokenizer.special.pad,
-        pixels=reader.processor(images),
-    )
+    questions, keys = [sample.turns[0] for sample in samples], [sample.key for sample in samples]
+    return reader.batch(questions, images, keys=keys, system_prompt=config.data.system_prompt)
 
 
 def run_cell(cell: Cell, setting: Setting, output: Path) -> float:

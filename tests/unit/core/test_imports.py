@@ -88,7 +88,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "plan": ("accounting", "config"),
     "demo": (),
-    "diagnose": ("convert.export", "convert.reference", "page"),
+    "diagnose": (
+        "convert.export",
+        "convert.reference",
+        "data.sequence.batch",
+        "generate",
+        "model",
+        "objectives.objective",
+        "page",
+    ),
     "evaluation": (),
     "cli": (
         "accounting",
