@@ -2,6 +2,7 @@
 
 jit.py                Megatron-Core imported without torch's compiler
 cpu.py                "cuda" means "cpu" (or "meta") on a machine without CUDA
+environment.py        variables: of torchrun, and for CUDA before torch is loaded
 rendezvous.py         where ranks meet, after a restart as well
 parallel.py           process groups -> Topology
 optimizer.py          Megatron's optimizer, and where it keeps fp32 masters

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--matmul-efficiency", type=float, help="of the GPU's peak (default: by GPU)")
     chosen, rest = options.parse_known_args(list(argv))
     try:
-        config, _ = parse(rest)
+        config, _ = parse([*rest, "--dry-run"])  # on paper: the weights need not be here
         setting = _setting(config, chosen)
     except ConfigError as error:
         print(f"{options.prog}: error: {error}", file=sys.stderr)

@@ -206,6 +206,7 @@ def test_parallelism_saves_memory(config, less):
 
 
 def test_typical_work(config):
+    config = replace(config, train=replace(config.train, micro_batch_size=1))
     work = typical_work(config, typical_mix(config))
     assert (work.images, work.visual_tokens, work.dialogue_rows) == (2, 1458, 2048)
     assert work.student_padding == 78
