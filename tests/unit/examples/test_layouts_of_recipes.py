@@ -11,8 +11,9 @@ from laver_mcore.accounting.devices import GPUS
 from laver_mcore.accounting.typical import typical_mix
 from laver_mcore.config.load import parse
 from laver_mcore.plan.layouts import Layout
-from laver_mcore.plan.predict import Setting, predict
+from laver_mcore.plan.predict import predict
 from laver_mcore.plan.search import search
+from laver_mcore.plan.setting import Setting
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 RECIPES = sorted(path for path in EXAMPLES.glob("*/stage*.yaml") if path.parent.name != "demo")
