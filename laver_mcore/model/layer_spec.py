@@ -100,9 +100,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=config.train.bf16,
-        # The reconstruction sequence's length follows the images: stages exchange shapes before tensors. The
-        # interleaved schedule cannot (between two stages, Megatron's exchange confuses the shapes of activations and
-        # gradients), so there all micro-batches of a step are padded to one length.
+        # Lengths differ from micro-batch to micro-batch: stages ask for the shape of each tensor, which
+        # `known_shapes.py` answers without an exchange. The interleaved schedule cannot (between two stages, Megatron
+        # confuses the shapes of activations and gradients): there all micro-batches of a step are padded to one length.
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1 and not interleaved,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
