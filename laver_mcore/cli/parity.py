@@ -29,7 +29,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     parser.add_argument("--sequence-parallel", action="store_true")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="on logits and loss, fp32")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="on logits, in units of the largest, and on the loss; fp32",
+    )
     parser.add_argument(
         "--report", type=file_to_write, help="also write the whole table to this Markdown file"
     )
@@ -117,7 +122,8 @@ def run(args: argparse.Namespace) -> dict:
         first = each.first_divergent_layer(args.tolerance)
         where = "no layer diverges" if first is None else f"first divergent layer {first}"
         lines.append(
-            f"{each.name}: largest difference {each.logits.difference:.3e} (tolerance {args.tolerance:g}), "
+            f"{each.name}: largest difference {each.logits.difference:.3e} of {each.logits.magnitude:.3g}: "
+            f"{each.logits.relative:.3e} (tolerance {args.tolerance:g}), "
             f"loss {each.engine_loss:.6f} and {each.reference_loss:.6f}, {where}"
         )
     text = report(comparisons, args.tolerance, facts(args))
@@ -146,7 +152,9 @@ def engine_config(args: argparse.Namespace, is_laver: bool):
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         sequence_parallel=args.sequence_parallel,
     )
-    return replace(config, parallel=layout, train=replace(config.train, bf16=False))
+    # Also where the recipe demands Transformer Engine's layers: those multiply fp32 in TF32.
+    train = replace(config.train, bf16=False, transformer_impl="local")
+    return replace(config, parallel=layout, train=train)
 
 
 def engine_network(args: argparse.Namespace, config, device):

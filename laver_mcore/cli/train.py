@@ -6,6 +6,7 @@ The same program serves a laptop (one process, CPU), one GPU and a cluster. `--h
 from laver_mcore.cli.console import refuse
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.load import parse, to_yaml
+from laver_mcore.megatron.environment import prepare_for_gpus
 
 
 def main(argv: list[str]) -> int:
@@ -17,6 +18,7 @@ def main(argv: list[str]) -> int:
             return 0
     except ConfigError as error:
         return refuse(error)
+    prepare_for_gpus(config.parallel)
     # Imported here: `--help` and a misspelt flag should not wait for torch and Megatron.
     from laver_mcore.cli.dry_run import dry_run
     from laver_mcore.cli.run import run

@@ -141,7 +141,7 @@ class TrainConfig:
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Implementation of mixed attention and losses."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layers of Transformer Engine, or Megatron's local ones; auto takes Transformer Engine where installed."""
+    """Layers of Transformer Engine, or Megatron's local ones; auto takes Transformer Engine in bf16 where installed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,8 +38,8 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """The difference in units of the magnitude, where that is above 1."""
-        return self.difference / max(1.0, self.magnitude)
+        """The difference in units of the magnitude: fp32 rounds by a share of a number, and widths add to it."""
+        return self.difference / (self.magnitude or 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,8 @@ class Comparison:
         return above[0] if above else None
 
     def passes(self, tolerance: float) -> bool:
-        """Whether logits agree to `tolerance`; a difference that is not a number does not."""
-        return (
-            self.logits.difference <= tolerance and abs(self.engine_loss - self.reference_loss) <= tolerance
-        )
+        """Whether logits agree to `tolerance` of the largest; a difference that is not a number does not."""
+        return self.logits.relative <= tolerance and abs(self.engine_loss - self.reference_loss) <= tolerance
 
 
 def text_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 0) -> list[Prompt]:
@@ -152,7 +150,8 @@ def report(comparisons: Sequence[Comparison], tolerance: float, facts: dict[str,
         lines += [
             f"## {each.name}: {verdict} (tolerance {tolerance:g})",
             "",
-            f"- logits: largest difference {each.logits.difference:.3e} of {each.logits.magnitude:.3g}",
+            f"- logits: largest difference {each.logits.difference:.3e} of {each.logits.magnitude:.3g} "
+            f"({each.logits.relative:.3e})",
             f"- loss: engine {each.engine_loss:.6f}, transformers {each.reference_loss:.6f}",
         ]
         first = each.first_divergent_layer(tolerance)

@@ -2,8 +2,10 @@
 
 jit.py                Megatron-Core imported without torch's compiler
 cpu.py                "cuda" means "cpu" (or "meta") on a machine without CUDA
+environment.py        variables: of torchrun, and for CUDA before torch is loaded
 rendezvous.py         where ranks meet, after a restart as well
 parallel.py           process groups -> Topology
+known_shapes.py       lengths that stages need not exchange
 optimizer.py          Megatron's optimizer, and where it keeps fp32 masters
 optimizer_state.py    its state in checkpoints, each data-parallel rank with its part
 versions.py           what differs between the versions of Megatron-Core that are supported

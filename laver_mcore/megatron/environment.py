@@ -1,9 +1,11 @@
-"""What torchrun says to a process, checked before anything waits for it: another job may have left it behind."""
+"""What torchrun says to a process, checked before anything waits for it, and what CUDA reads from the environment."""
 
+import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from laver_mcore.config.errors import ConfigError
+from laver_mcore.config.schema import ParallelConfig
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
@@ -30,3 +32,32 @@ def _whole(environment: Mapping[str, str], name: str) -> int | None:
     if not (value.isascii() and value.isdigit()):
         raise ConfigError(f"{name}={value!r} is no whole number; start with torchrun, or unset it")
     return int(value)
+
+
+def prepare_for_gpus(parallel: ParallelConfig, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set what CUDA and torch's allocator read when they are first used; what the user has set stays.
+
+    Where communication of tensor or context parallelism runs beside kernels, a single hardware queue makes it start
+    first; since Blackwell priorities do so, and with data parallelism alone more queues overlap more (Megatron-LM's
+    `validate_args` asks for the same).
+    """
+    # Micro-batches differ in length: segments that grow do not fragment.
+    environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    beside = parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1
+    if beside and "CUDA_DEVICE_MAX_CONNECTIONS" not in environment and (generation() or 10) < 10:
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+
+
+def generation(library: str = "libnvidia-ml.so.1") -> int | None:
+    """Major compute capability of the machine's first GPU, asked without CUDA, which would read its variables now."""
+    try:
+        nvml = ctypes.CDLL(library)
+        device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+        calls = (
+            lambda: nvml.nvmlInit_v2(),
+            lambda: nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)),
+            lambda: nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)),
+        )
+        return major.value if all(call() == 0 for call in calls) else None
+    except (OSError, AttributeError):  # no driver, or not NVIDIA's
+        return None

@@ -94,9 +94,8 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    # TP overlap and deterministic ordering of kernels rely on a single hardware queue (Megatron's own rule).
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     check_devices(int(os.environ["LOCAL_RANK"]), DeviceFacts.found())
+    torch.backends.cudnn.allow_tf32 = False  # convolutions alone have it on: fp32 is to mean fp32
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -1,7 +1,7 @@
 """The decoder as Megatron `ModuleSpec`s, and its `TransformerConfig`.
 
-Transformer Engine's layers are used where it is installed; otherwise Megatron's local ones with our RMSNorm. Both
-give the same parameter keys in checkpoints, so that a run may move between them.
+Transformer Engine's layers are used in bf16 where it is installed; otherwise Megatron's local ones with our RMSNorm.
+Both give the same parameter keys in checkpoints, so that a run may move between them.
 """
 
 import functools
@@ -31,9 +31,12 @@ FP8_CAPABILITY = (8, 9)
 """The oldest CUDA compute capability whose tensor cores multiply e4m3."""
 
 
-def use_transformer_engine(transformer_impl: str) -> bool:
-    """Whether layers come from Transformer Engine; `ConfigError` when it is demanded and does not load."""
-    if transformer_impl == "local":
+def use_transformer_engine(transformer_impl: str, bf16: bool) -> bool:
+    """Whether layers come from Transformer Engine; `ConfigError` when it is demanded and does not load.
+
+    It multiplies fp32 in TF32, ten bits of mantissa, so fp32 takes local layers unless it is demanded.
+    """
+    if transformer_impl == "local" or (transformer_impl == "auto" and not bf16):
         return False
     lacking = transformer_engine_lacks()
     if transformer_impl == "transformer_engine" and lacking:
@@ -97,9 +100,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=config.train.bf16,
-        # The reconstruction sequence's length follows the images: stages exchange shapes before tensors. The
-        # interleaved schedule cannot (between two stages, Megatron's exchange confuses the shapes of activations and
-        # gradients), so there all micro-batches of a step are padded to one length.
+        # Lengths differ from micro-batch to micro-batch: stages ask for the shape of each tensor, which
+        # `known_shapes.py` answers without an exchange. The interleaved schedule cannot (between two stages, Megatron
+        # confuses the shapes of activations and gradients): there all micro-batches of a step are padded to one length.
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1 and not interleaved,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
@@ -126,9 +129,9 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
-def require_fp8(transformer_impl: str) -> None:
+def require_fp8(transformer_impl: str, bf16: bool) -> None:
     """`ConfigError` where the teacher's forward cannot run in fp8: Transformer Engine's layers, or an older GPU."""
-    if use_transformer_engine(transformer_impl):
+    if use_transformer_engine(transformer_impl, bf16):
         raise ConfigError(
             f"teacher_precision=fp8 runs in Megatron's local layers, and transformer_impl={transformer_impl} takes "
             "Transformer Engine's here; use transformer_impl=local"
@@ -154,8 +157,9 @@ def decoder_spec(
     """
     adapted = model.adapted_layers if model is not None else {}
     if fp8 is not None:
-        require_fp8(transformer_impl)
-    if use_transformer_engine(transformer_impl) and not adapted:  # adapters stand beside local layers
+        require_fp8(transformer_impl, config.bf16)
+    # Adapters stand beside local layers.
+    if use_transformer_engine(transformer_impl, config.bf16) and not adapted:
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)

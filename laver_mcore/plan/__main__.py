@@ -17,8 +17,8 @@ from laver_mcore.config.load import parse
 from laver_mcore.config.presets import model_name
 from laver_mcore.config.schema import Config
 from laver_mcore.plan import report
-from laver_mcore.plan.predict import Setting
 from laver_mcore.plan.search import Plan, search
+from laver_mcore.plan.setting import Setting
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--matmul-efficiency", type=float, help="of the GPU's peak (default: by GPU)")
     chosen, rest = options.parse_known_args(list(argv))
     try:
-        config, _ = parse(rest)
+        config, _ = parse([*rest, "--dry-run"])  # on paper: the weights need not be here
         setting = _setting(config, chosen)
     except ConfigError as error:
         print(f"{options.prog}: error: {error}", file=sys.stderr)
@@ -77,7 +77,11 @@ def lines(config: Config, setting: Setting, plan: Plan, gpu: str, top: int) -> l
     if plan.feasible:
         best = plan.feasible[0]
         found += [f"{len(plan.feasible)} layouts fit; predicted, the fastest first:"]
-        found += report.ranking(plan.feasible[:top])
+        found += report.ranking(plan.feasible[:top], config, setting)
+        found += [
+            "",
+            f"flags of the first one: {report.flags(config, best.layout) or 'none, the recipe has it'}",
+        ]
         found += ["", "GiB per rank of the first one:", *memory_table(best.memory), *report.time_table(best)]
     else:
         found += ["no layout fits"]

@@ -1,31 +1,34 @@
 """Memory and time of one layout on paper.
 
-Time is counted per micro-batch and pipeline rank: matrix products and attention at assumed rates, collectives at the
-links' bandwidths, overlapped only where the recipe overlaps the gradients' reduction or the parameters' gather; then
-the pipeline's bubble, the optimizer and the teacher.
+Time is counted per micro-batch and pipeline rank: matrix products and attention at assumed rates, what is moved between
+them at the memory bandwidth, launches (`accounting/traffic.py`), collectives at the bandwidths of links, overlapped
+only where the recipe overlaps the reduction of gradients or the gather of parameters; then the bubble of the pipeline,
+the optimizer and the teacher.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from laver_mcore.accounting.devices import GIB, Gpu
 from laver_mcore.accounting.flops import ADAM_BYTES, EMA_BYTES, StepFlops, step_flops
 from laver_mcore.accounting.memory import GRADIENT, Held, RankMemory, holdings, rank_memory
-from laver_mcore.accounting.typical import Mix, typical_work
+from laver_mcore.accounting.traffic import accumulated_bytes, kernels, layer_bytes, layers_learn
+from laver_mcore.accounting.typical import typical_work
 from laver_mcore.accounting.work import StepWork
 from laver_mcore.config.schema import Config
 from laver_mcore.plan.layouts import NODE, Layout
+from laver_mcore.plan.setting import Setting
 
 RESERVED = 4 * GIB
 """Memory that CUDA, NCCL and fragmentation are assumed to take."""
-LINK_EFFICIENCY = 0.75
-"""Share of a link's bandwidth that a collective is assumed to reach."""
-MEMORY_EFFICIENCY = 0.8
-"""Share of the memory bandwidth that optimizer and teacher are assumed to reach."""
 BACKWARD_SHARE = 2 / 3
 """Share of a micro-batch's time that gradients may be reduced behind."""
 
 
-TIME_PARTS = ("compute", "bubble", "tp_comm", "cp_comm", "pp_comm", "dp_comm", "optimizer", "ema")
+TIME_PARTS = (
+    "compute", "traffic", "accumulation", "launches", "bubble", "tp_comm", "cp_comm", "pp_comm", "dp_comm",
+    "optimizer", "ema",
+)  # fmt: skip
 """Parts of a step's time; none of them runs beside another."""
 
 
@@ -36,6 +39,11 @@ class Prediction:
     layout: Layout
     memory: tuple[RankMemory, ...]
     compute: float
+    traffic: float
+    """Norms, sums, rotations and activations between matrix products."""
+    accumulation: float
+    """A micro-batch's gradients added to those before it."""
+    launches: float
     tp_comm: float
     cp_comm: float
     pp_comm: float
@@ -63,17 +71,6 @@ class Prediction:
         return self.peak_memory + RESERVED <= gpu.memory
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What layouts are compared under."""
-
-    gpu: Gpu
-    num_gpus: int
-    mix: Mix
-    vocab_size: int
-    matmul_efficiency: float
-
-
 def predict(config: Config, layout: Layout, setting: Setting) -> Prediction:
     """Predict `config`, to which `layout` has been applied already."""
     work = typical_work(config, setting.mix)
@@ -92,19 +89,23 @@ def predict(config: Config, layout: Layout, setting: Setting) -> Prediction:
         for rank in ranks
     ]
     flops = step_flops(config, setting.vocab_size, work)
-    stages = _stage_seconds(config, layout, setting, work, flops)
+    stages = _stages(config, layout, setting, work, flops, held)
     tp_each, tp_bytes = _tensor_parallel(config, layout, setting, work)
     cp_each, cp_bytes = _context_parallel(config, layout, setting, work)
     pp_each, pp_bytes = _pipeline(config, layout, setting, work)
-    slowest = max(stages)
-    one = slowest + tp_each + cp_each + pp_each
+    slowest = max(stages, key=sum)
+    busy = sum(slowest)
+    one = busy + tp_each + cp_each + pp_each
     largest = max(held, key=lambda h: h.trainable)
-    dp_seconds, dp_bytes = _data_parallel(config, layout, setting, largest, slowest)
+    dp_seconds, dp_bytes = _data_parallel(config, layout, setting, largest, busy)
     optimizer, ema, ema_bytes = _update(config, layout, setting, largest)
     found = Prediction(
         layout=layout,
         memory=tuple(memory),
-        compute=num_micro_batches * slowest,
+        compute=num_micro_batches * slowest[0],
+        traffic=num_micro_batches * slowest[1],
+        accumulation=num_micro_batches * slowest[2],
+        launches=num_micro_batches * slowest[3],
         tp_comm=num_micro_batches * tp_each,
         cp_comm=num_micro_batches * cp_each,
         pp_comm=num_micro_batches * pp_each,
@@ -131,11 +132,35 @@ def predict(config: Config, layout: Layout, setting: Setting) -> Prediction:
     )
 
 
+def _stages(
+    config: Config,
+    layout: Layout,
+    setting: Setting,
+    work: StepWork,
+    flops: StepFlops,
+    held: Sequence[Held],
+) -> list[tuple[float, float, float, float]]:
+    """Seconds of one micro-batch on each pipeline rank: arithmetic, traffic, accumulation, launches."""
+    layers = (config.model.num_layers or 0) / layout.pp
+    learns = layers_learn(config, setting.vocab_size)
+    student, teacher = _pass_rows(config, work)
+    moved = layers * layer_bytes(config, student, teacher, learns) / setting.memory_rate
+    return [
+        (
+            arithmetic,
+            moved,
+            accumulated_bytes(config, held[rank]) / setting.memory_rate,
+            setting.rates.gap * kernels(config, work, layers, learns, rank == 0),
+        )
+        for rank, arithmetic in enumerate(_stage_seconds(config, layout, setting, work, flops))
+    ]
+
+
 def _stage_seconds(
     config: Config, layout: Layout, setting: Setting, work: StepWork, flops: StepFlops
 ) -> list[float]:
     """Seconds of one micro-batch's arithmetic on each pipeline rank: forward, backward and teacher."""
-    peak = setting.gpu.tflops * 1e12
+    peak = setting.rates.kernels * setting.gpu.tflops * 1e12
     matrix_rate = setting.matmul_efficiency * peak
     products = step_flops(config, setting.vocab_size, replace(work, dialogue_pairs=0, reconstruction_pairs=0))
     decoder = products.dialogue + products.reconstruction + products.teacher + products.padding
@@ -152,7 +177,7 @@ def _attention_seconds(
     config: Config, setting: Setting, work: StepWork, flops: StepFlops, products: StepFlops
 ) -> float:
     """Seconds of all layers' attention on one GPU: what `flops` has more than `products`, at the kernels' rates."""
-    model, peak = config.model, setting.gpu.tflops * 1e12
+    model, peak = config.model, setting.rates.kernels * setting.gpu.tflops * 1e12
     assert model.num_attention_heads and model.kv_channels and model.num_layers
     student = flops.dialogue.hardware + flops.reconstruction.hardware
     student -= products.dialogue.hardware + products.reconstruction.hardware
@@ -187,7 +212,7 @@ def _tensor_parallel(config: Config, layout: Layout, setting: Setting, work: Ste
     layers = (config.model.num_layers or 0) / layout.pp
     share = (layout.tp - 1) / layout.tp
     sent = layers * _row_bytes(config) * share * (times * student + 4 * teacher)
-    return sent / (LINK_EFFICIENCY * setting.gpu.nvlink), sent
+    return sent / (setting.rates.link * setting.gpu.nvlink), sent
 
 
 def _context_parallel(
@@ -205,7 +230,7 @@ def _context_parallel(
     times = 2 + (1 if config.parallel.recompute_granularity else 0)
     layers = (model.num_layers or 0) / layout.pp
     sent = layers * each * (layout.cp - 1) / layout.cp * (times * student + teacher)
-    return sent / (LINK_EFFICIENCY * setting.gpu.nvlink), sent
+    return sent / (setting.rates.link * setting.gpu.nvlink), sent
 
 
 def _pipeline(config: Config, layout: Layout, setting: Setting, work: StepWork) -> tuple[float, float]:
@@ -216,15 +241,15 @@ def _pipeline(config: Config, layout: Layout, setting: Setting, work: StepWork) 
     rows = sum(_pass_rows(config, work)) + travelling
     sent = 2.0 * layout.vp * rows * _row_bytes(config) / layout.tp
     link = setting.gpu.nvlink if setting.num_gpus <= NODE else setting.gpu.network
-    return sent / (LINK_EFFICIENCY * link), sent
+    return sent / (setting.rates.link * link), sent
 
 
 def _data_parallel_link(layout: Layout, setting: Setting) -> float:
     """Bytes per second of a collective over data-parallel ranks: those of one node share its network cards."""
     if layout.tp * layout.cp * layout.dp <= NODE:
-        return LINK_EFFICIENCY * setting.gpu.nvlink
+        return setting.rates.link * setting.gpu.nvlink
     in_node = max(1, min(layout.dp * layout.cp, NODE // layout.tp))
-    return LINK_EFFICIENCY * min(setting.gpu.nvlink, in_node * setting.gpu.network)
+    return setting.rates.link * min(setting.gpu.nvlink, in_node * setting.gpu.network)
 
 
 def _data_parallel(
@@ -245,7 +270,7 @@ def _data_parallel(
 
 def _update(config: Config, layout: Layout, setting: Setting, held: Held) -> tuple[float, float, float]:
     """Seconds of the optimizer and, spread over the steps between its moves, of the teacher; and its bytes sent."""
-    rate = MEMORY_EFFICIENCY * setting.gpu.memory_bandwidth
+    rate = setting.memory_rate
     replicas = layout.dp * layout.cp
     optimizer = ADAM_BYTES * held.trainable / replicas / rate
     teacher = config.objective.teacher(config)

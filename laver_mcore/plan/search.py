@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from laver_mcore.config.schema import Config
 from laver_mcore.plan.layouts import candidates, refusal
-from laver_mcore.plan.predict import Prediction, Setting, predict
+from laver_mcore.plan.predict import Prediction, predict
+from laver_mcore.plan.setting import Setting
 
 
 @dataclass(frozen=True, kw_only=True)

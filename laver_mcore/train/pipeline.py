@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from laver_mcore.megatron.known_shapes import known_shapes
 from laver_mcore.model.network import Network
 
 
@@ -22,6 +23,7 @@ def run_pipeline(
     `f(output, non_loss_data=True)` and what it returns is collected.
     """
     interleaved = network.topology.num_chunks > 1
+    staged = network.topology.pp_size > 1 and not interleaved
     models: Any = network.models if interleaved else network.models[0]
     iterators = [iter(items) for _ in network.models]
     return get_forward_backward_func()(
@@ -29,10 +31,11 @@ def run_pipeline(
         data_iterator=iterators if interleaved else iterators[0],
         model=models,
         num_microbatches=len(items),
-        seq_length=max(rows),  # used by the interleaved schedule alone, the others exchange shapes
+        seq_length=max(rows),  # used by the interleaved schedule alone
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
+        **(known_shapes(network.chunks[0].config, rows) if staged else {}),
     )
 
 

@@ -76,12 +76,15 @@ def run_scenarios(num_ranks: int, directory: Path, scenarios: Sequence[Scenario]
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
 
 
-def host_waits(data_directory: Path, folder: Path, flags: str) -> dict:
+def host_waits(data_directory: Path, folder: Path, flags: str, num_ranks: int = 1) -> dict:
     """What the steps of a short run waited for (`sync_worker.py`); the teacher moves in every step."""
     recipe, output = data_directory / "recipe.yaml", folder / "found.json"
     busy = "" if "--objective" in flags else "--ema-steps 1 --mask-ratio 0.4"
     argv = f"--config {recipe} --train-iters 4 {busy} {flags}".split()
-    done = python("tests/integration/sync_worker.py", str(output), *argv)
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {num_ranks}".split()
+    done = python(
+        *(launcher if num_ranks > 1 else []), "tests/integration/sync_worker.py", str(output), *argv
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(output.read_text())
 

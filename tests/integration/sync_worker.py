@@ -2,6 +2,7 @@
 
 On a GPU torch itself reports every synchronisation. On CPU the operations that would need one are counted, where they
 are called from our own code or from Megatron's; the reference kernels, which run on CPU only, are left out.
+Whole numbers that a stage receives from another are counted as well: nobody but the host reads them.
 """
 
 import json
@@ -11,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WAITING = (
@@ -48,7 +50,11 @@ class _Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func).removeprefix("aten.")
-        if name.startswith(WAITING) or (name.startswith("index.") and _has_mask(args)):
+        if (
+            name.startswith(WAITING)
+            or (name.startswith("index.") and _has_mask(args))
+            or (name.startswith("c10d.recv_") and not args[0][0].is_floating_point())
+        ):
             caller = _caller()
             if not any(f"/{place}:" in caller for place in ON_CPU_ONLY):
                 self._found.append(f"{name} at {caller}")
@@ -96,9 +102,13 @@ def main(output: str, argv: list[str]) -> None:
     loop.train_step = watched = Watched(loop.train_step)
     train_run(config, device)
     found = [line for line in watched.found if "synchroniz" in line or device.type != "cuda"]
-    Path(output).write_text(
-        json.dumps({"device": device.type, "num_steps": watched.num_steps - WARM_UP, "found": found})
-    )
+    ranks: list = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, found)
+    everywhere = [line for rank in ranks for line in rank]
+    if dist.get_rank() == 0:
+        Path(output).write_text(
+            json.dumps({"device": device.type, "num_steps": watched.num_steps - WARM_UP, "found": everywhere})
+        )
     parallel.shut_down()
 
 

@@ -25,3 +25,14 @@ def test_step_does_not_wait_for_the_device(data_directory, tmp_path, flags):
     report = host_waits(data_directory, tmp_path, flags)
     assert report["num_steps"] == 2
     assert report["found"] == []
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--bf16 --recompute-granularity full"], ids=["plain", "bf16_recompute"]
+)
+def test_pipeline_stages_do_not_wait_for_shapes(data_directory, tmp_path, flags):
+    """Micro-batches differ in length here, and both stages know them."""
+    flags += " --pipeline-model-parallel-size 2 --no-packing"
+    report = host_waits(data_directory, tmp_path, flags, num_ranks=2)
+    assert report["num_steps"] == 2
+    assert report["found"] == []

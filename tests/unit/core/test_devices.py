@@ -70,8 +70,8 @@ def broken_engine(monkeypatch):
 
 def test_an_engine_that_does_not_load_is_one_line_and_local_layers(broken_engine, caplog):
     with caplog.at_level(logging.WARNING):
-        assert not layer_spec.use_transformer_engine("auto")
-        assert not layer_spec.use_transformer_engine("auto")
+        assert not layer_spec.use_transformer_engine("auto", bf16=True)
+        assert not layer_spec.use_transformer_engine("auto", bf16=True)
     (record,) = caplog.records
     said = record.getMessage()
     assert said.startswith(
@@ -80,8 +80,23 @@ def test_an_engine_that_does_not_load_is_one_line_and_local_layers(broken_engine
     assert said.endswith("local layers instead")
     demanded = r"transformer_impl=transformer_engine, but it cannot be loaded here \(libcudart"
     with pytest.raises(ConfigError, match=demanded):
-        layer_spec.use_transformer_engine("transformer_engine")
-    assert not layer_spec.use_transformer_engine("local")
+        layer_spec.use_transformer_engine("transformer_engine", bf16=True)
+    assert not layer_spec.use_transformer_engine("local", bf16=True)
+
+
+# transformer_impl, bf16 -> whether an engine that loads is used: it multiplies fp32 in TF32.
+ENGINES = {
+    "auto_bf16": ("auto", True, True),
+    "auto_fp32": ("auto", False, False),
+    "demanded_fp32": ("transformer_engine", False, True),
+    "local_bf16": ("local", True, False),
+}
+
+
+@pytest.mark.parametrize(("impl", "bf16", "used"), ENGINES.values(), ids=ENGINES)
+def test_fp32_takes_local_layers(monkeypatch, impl, bf16, used):
+    monkeypatch.setattr(layer_spec, "transformer_engine_lacks", lambda: None)
+    assert layer_spec.use_transformer_engine(impl, bf16) == used
 
 
 def test_steps_are_whole_numbers():

@@ -17,6 +17,7 @@ if [ "$1" = show ]; then printf "node7\nnode8\n"; fi
 """
 SRUN = """
 echo "srun $*" >>"$RECORD"
+echo "allocator $PYTORCH_ALLOC_CONF queues ${CUDA_DEVICE_MAX_CONNECTIONS:-free}" >>"$RECORD"
 trap "exit 143" TERM
 for i in $(seq ${SRUN_TICKS:-0}); do sleep 0.05; done
 exit ${SRUN_STATUS:-0}
@@ -72,6 +73,7 @@ def test_torchrun_on_every_node_meets_on_the_first_and_resumes(launch):
         "--tensor-model-parallel-size 4",
     ):
         assert part in call
+    assert "allocator expandable_segments:True queues free" in record.read_text()
 
 
 def test_a_container_is_handed_to_srun(launch):

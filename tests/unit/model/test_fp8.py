@@ -245,9 +245,9 @@ def test_device_is_asked(monkeypatch, capability, layers, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
-    monkeypatch.setattr(layer_spec, "use_transformer_engine", lambda impl: layers == "engine")
+    monkeypatch.setattr(layer_spec, "use_transformer_engine", lambda impl, bf16: layers == "engine")
     if words is None:
-        require_fp8("auto")
+        require_fp8("auto", bf16=True)
     else:
         with pytest.raises(ConfigError, match=words):
-            require_fp8("auto")
+            require_fp8("auto", bf16=True)

@@ -10,7 +10,8 @@ from laver_mcore.accounting.typical import typical_mix
 from laver_mcore.cli.dry_run import _step_lines
 from laver_mcore.config.load import from_recipe, resolve
 from laver_mcore.plan.layouts import Layout
-from laver_mcore.plan.predict import Setting, predict
+from laver_mcore.plan.predict import predict
+from laver_mcore.plan.setting import Setting
 
 RECIPE = Path(__file__).resolve().parents[3] / "examples/qwen2.5-7b-siglip2/stage2.yaml"
 GIB = 2**30

@@ -16,11 +16,13 @@ from laver_mcore.accounting.devices import GIB, GPUS
 from laver_mcore.accounting.typical import typical_mix, typical_work
 from laver_mcore.config.checks import check, check_world
 from laver_mcore.config.errors import ConfigError
-from laver_mcore.config.load import from_recipe, resolve
+from laver_mcore.config.load import from_recipe, parse, resolve
 from laver_mcore.plan.__main__ import main
 from laver_mcore.plan.layouts import MICRO_BATCHES, NODE, RECOMPUTE, VIRTUAL, Layout, candidates, refusal
-from laver_mcore.plan.predict import LINK_EFFICIENCY, Setting, predict
+from laver_mcore.plan.predict import predict
+from laver_mcore.plan.report import flags
 from laver_mcore.plan.search import search
+from laver_mcore.plan.setting import ASSUMED, BEST, WORST, Setting
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 RECIPE = REPOSITORY / "examples/qwen2.5-7b-siglip2/stage2.yaml"
@@ -91,7 +93,8 @@ def test_refusal(config, layout, said):
 def test_bubble(config, pp, vp):
     """(p - 1) / (v m) of the time without it (Narayanan et al., arXiv 2104.04473)."""
     found = predicted(config, replace(ONE, pp=pp, vp=vp, dp=2))
-    busy = found.compute + found.tp_comm + found.cp_comm + found.pp_comm
+    busy = found.compute + found.traffic + found.accumulation + found.launches
+    busy += found.tp_comm + found.cp_comm + found.pp_comm
     assert found.bubble / busy == pytest.approx((pp - 1) / vp / (128 / 2))
 
 
@@ -123,7 +126,7 @@ def test_tensor_parallel_volume(config):
     assert found.volumes["tensor_parallel"] == pytest.approx(
         micro_batches * each * (10 * rows + 4 * reconstruction)
     )
-    nvlink = LINK_EFFICIENCY * GPUS["a100-80gb"].nvlink
+    nvlink = ASSUMED.link * GPUS["a100-80gb"].nvlink
     assert found.tp_comm == pytest.approx(found.volumes["tensor_parallel"] / nvlink)
 
 
@@ -168,6 +171,78 @@ def test_compute(config, recompute):
     assert found.mfu == pytest.approx(useful / found.seconds / 16 / (gpu.tflops * 1e12), rel=1e-9)
 
 
+def test_traffic(config):
+    """Tensors that a layer's operations read (r) and write (w) between its products, by hand, at the memory's rate."""
+    tp, width, ffn, heads, groups = 2, 3584, 18944 // 2, 3584 // 2, 512 // 2
+    found = predicted(config, replace(ONE, tp=tp, dp=8))
+    norm, added, bias, rotated = 2 * width, 3 * width, 2 * (heads + 2 * groups), 2 * (heads + groups)
+    forward = (2 * norm + 2 * added) / tp + bias + rotated + (2 + 1) * ffn  # SwiGLU: r 2 F, w F
+    # Norms r x and dy, w dx; residual gradients are summed; bias r; d(qkv) is put together; SwiGLU r 2 F, dF, w 2 F.
+    backward = (2 * 3 * width + 2 * added) / tp + (heads + 2 * groups) + bias + rotated + (2 + 1 + 2) * ffn
+    student, teacher, micro_batches = 2048 + 1536, 1536, 128 / 8
+    moved = 28 * 2 * ((forward + backward) * student + forward * teacher)
+    rate = 0.8 * GPUS["a100-80gb"].memory_bandwidth
+    assert found.traffic == pytest.approx(micro_batches * moved / rate, rel=1e-9)
+
+
+def test_gradients_are_added_up_once_a_micro_batch(config):
+    """bf16 written and read, the fp32 sum read and written: 12 bytes a parameter that trains."""
+    one, two = (predicted(config, replace(ONE, tp=2, dp=8, micro_batch=n)) for n in (1, 2))
+    _, trained, _ = by_hand.parameters(2, 1, 0)
+    rate = 0.8 * GPUS["a100-80gb"].memory_bandwidth
+    assert one.accumulation == pytest.approx(16 * 12 * trained / rate, rel=1e-9)
+    assert two.accumulation == pytest.approx(one.accumulation / 2)
+    assert two.launches == pytest.approx(one.launches / 2)
+    assert one.launches == pytest.approx(16 * 2e-6 * (28 * (12 + 36 + 12) + 27 * 12))
+
+
+# GPU, GPUs, micro-batch, rows a step, recompute -> MFU that llm-foundry publishes for MPT-7B and rows of 2,048 tokens.
+PUBLISHED = {
+    "8 x A100-80G": ("a100-80gb", 8, 6, 96, None, 0.6423),
+    "16 x A100-40G": ("a100-40gb", 16, 16, 256, "full", 0.5044),
+    "8 x H100": ("h100-80gb", 8, 6, 48, None, 0.4644),
+}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "num_gpus", "rows", "batch", "recompute", "mfu"), PUBLISHED.values(), ids=PUBLISHED
+)
+def test_published_runs_lie_within_the_range(gpu, num_gpus, rows, batch, recompute, mfu):
+    """Llama-2-7B has MPT-7B's width and depth, and 33,024 for 32,768 columns of the MLP.
+
+    They count attention's pairs twice, those behind the diagonal as well: 12 L D S a token where 6 L D S are computed.
+    """
+    text = "--dry-run --vision none --model llama2-7b --vocab-size 50432 --seq-length 2048 --bf16 --train-iters 1 "
+    text += f"--data-path x --tokenizer-model x --global-batch-size {batch} --use-distributed-optimizer "
+    config, _ = parse([*text.split(), "--overlap-grad-reduce", "--overlap-param-gather"])
+    layout = replace(ONE, dp=num_gpus, micro_batch=rows, recompute=recompute)
+    config = layout.apply(config)
+    mix = typical_mix(config, supervised_share=1.0)
+    setting = Setting(
+        gpu=GPUS[gpu], num_gpus=num_gpus, mix=mix, vocab_size=50432, matmul_efficiency=GPUS[gpu].matmul
+    )
+    worst, best = (predict(config, layout, replace(setting, rates=r)).mfu for r in (WORST, BEST))
+    products, attention = 6 * 6658859008, 12 * 32 * 4096 * 2048
+    assert worst < mfu * (products + attention / 2) / (products + attention) < best
+
+
+FLAGS = [
+    replace(ONE, tp=2, dp=8, micro_batch=4),
+    replace(ONE, pp=4, vp=7, dp=4, recompute="full"),
+    replace(ONE, cp=2, dp=8, recompute="selective"),
+    replace(ONE, tp=4, pp=4),
+]
+
+
+@pytest.mark.parametrize("layout", FLAGS, ids=str)
+def test_flags_make_the_layout_of_the_recipe(layout):
+    """Pasted behind the recipe, they give what was planned; of the recipe's own layout there are none."""
+    recipe, _ = parse(["--config", str(RECIPE), "--dry-run"])
+    wanted, words = layout.apply(recipe), flags(recipe, layout)
+    assert parse(["--config", str(RECIPE), "--dry-run", *words.split()])[0] == wanted != recipe
+    assert flags(wanted, layout) == ""
+
+
 def test_update(config):
     """Bytes that optimizer and teacher move, at 80 % of the memory's bandwidth; the teacher in one of 125 steps."""
     dp, gpu = 8, GPUS["a100-80gb"]
@@ -178,7 +253,7 @@ def test_update(config):
     assert found.optimizer == pytest.approx((4 + 3 * 8 + 2) * trained / rate, rel=1e-9)
     # Master read, average read and written, copy written; then a ring gathers the copy, 2 bytes a parameter.
     sent = 2 * averaged * (dp - 1) / dp
-    move = (4 + 8 + 2) * averaged / rate + sent / (LINK_EFFICIENCY * gpu.nvlink)
+    move = (4 + 8 + 2) * averaged / rate + sent / (ASSUMED.link * gpu.nvlink)
     assert found.ema == pytest.approx(move / 125, rel=1e-9)
     assert found.volumes["teacher"] == pytest.approx(sent / 125, rel=1e-9)
 
@@ -206,6 +281,7 @@ def test_parallelism_saves_memory(config, less):
 
 
 def test_typical_work(config):
+    config = replace(config, train=replace(config.train, micro_batch_size=1))
     work = typical_work(config, typical_mix(config))
     assert (work.images, work.visual_tokens, work.dialogue_rows) == (2, 1458, 2048)
     assert work.student_padding == 78
