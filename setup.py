@@ -25,7 +25,7 @@ setup(
     py_modules=["pretrain_laver"],
     install_requires=[
         "torch>=2.11",
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.20",
         "transformers>=5.17",
         "tyro>=1.0",
         "pydantic>=2.10",

@@ -23,9 +23,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from laver_mcore.megatron.background import Copied
 from laver_mcore.megatron.checkpoints import TRACKER, SaveError, checkpoint_folder, reason_of
 from laver_mcore.megatron.intact import checksum, looks_whole, saved_iterations, seal
+from laver_mcore.megatron.versions import own_writer, with_common_file
 
 _SPARE = 1.05
 """Space that is wanted beyond the tensors' own bytes, for what describes them."""
+
+_FILES = 2
+"""That a rank writes at a time; what Megatron-Core does by itself differs between versions."""
 
 
 def check_finite(chunks: Sequence[torch.nn.Module]) -> None:
@@ -108,14 +112,17 @@ class Write:
         # Megatron-Core's own is kept by a process of its own; each save has another, so that two may be on their way.
         self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         filesystem_async._results_queue = self._results
+        strategy = get_default_save_sharded_strategy()
+        strategy.thread_count = _FILES
         with writing(aside):
             request = dist_checkpointing.save(
                 state,
                 str(aside),
-                FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), replicas),
+                FullyParallelSaveStrategyWrapper(strategy, replicas),
                 content_metadata=content,
                 async_sharded_save=True,
                 preprocess_common_before_consistancy_check=_without_empty,
+                **own_writer(dist_checkpointing.save),
             )
             self._finalize, self._copied = request.finalize_fns, None
             if request.async_fn is not None:
@@ -139,6 +146,8 @@ class Write:
         with writing(self._aside):
             for finalize in self._finalize:
                 finalize()
+            if dist.get_rank() == 0:
+                with_common_file(self._aside)
         with writing(self._aside):
             seal(self._aside, checksums)
         with writing(self._aside):

@@ -20,6 +20,7 @@ from laver_mcore.config.architecture import PROJECTIONS
 from laver_mcore.config.decoders import family_named
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.schema import Config, ModelConfig
+from laver_mcore.megatron.versions import submodules
 from laver_mcore.model.fp8 import Fp8ColumnParallelLinear, Fp8Pass, Fp8RowParallelLinear
 from laver_mcore.model.lora import Lora, LoraColumnParallelLinear, LoraRowParallelLinear
 from laver_mcore.model.mixed_attention import MixedAttention
@@ -178,7 +179,7 @@ def decoder_spec(
     if fp8 is not None:
         column = ModuleSpec(module=Fp8ColumnParallelLinear, params={"fp8": fp8})
         row = ModuleSpec(module=Fp8RowParallelLinear, params={"fp8": fp8})
-        attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+        attention, mlp = layer.submodules.self_attention.submodules, submodules(layer.submodules.mlp)
         attention.linear_qkv, attention.linear_proj = column, row
         mlp.linear_fc1, mlp.linear_fc2 = column, row
     for name in adapted:
@@ -187,6 +188,6 @@ def decoder_spec(
             layer.submodules.self_attention if name in ("linear_qkv", "linear_proj") else layer.submodules.mlp
         )
         kind = LoraColumnParallelLinear if len(PROJECTIONS[name]) > 1 else LoraRowParallelLinear
-        setattr(part.submodules, name, ModuleSpec(module=kind, params={"lora": Lora.of(model, name)}))
+        setattr(submodules(part), name, ModuleSpec(module=kind, params={"lora": Lora.of(model, name)}))
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
