@@ -88,6 +88,17 @@ soak: setup ## does a run of 2,000 steps grow? writes runs/soak/soak.json
 fuzz: setup ## damaged and senseless input for every reader, 10,000 of them (LAVER_FUZZ_SEED=1: others)
 	@LAVER_LONG=1 LAVER_FUZZ=10000 $(BIN)/python -m pytest tests/fuzz $(TEST_ARGS)
 
+NEWEST := .venv-newest
+NEWEST_PYTHON ?= python3.12
+# Where layouts, checkpoints and what bends Megatron-Core are tested.
+SPAN := tests/unit/model tests/unit/objectives tests/unit/test_checkpoint.py tests/unit/test_intact.py \
+    tests/integration/test_layouts.py
+
+test-matrix: setup ## the newest supported Python and Megatron-Core (5 GB, an environment of its own), and across
+	@$(MAKE) --no-print-directory VENV=$(NEWEST) PYTHON=$(NEWEST_PYTHON) setup
+	@$(NEWEST)/bin/python -m pytest $(SPAN) $(TEST_ARGS)
+	@LAVER_NEWEST=$(abspath $(NEWEST))/bin/python $(BIN)/python -m pytest tests/integration/test_versions.py
+
 lint: setup ## style and likely mistakes, formatting included
 	@$(BIN)/ruff check --quiet $(LINTED)
 	@$(BIN)/ruff format --quiet --check $(LINTED) || { echo "run: make format" >&2; exit 1; }
@@ -167,7 +178,7 @@ gpu-first-hour: setup ## kernels on a new GPU: correct, tuned, timed, compared; 
 	@$(BIN)/python kernels/benchmarks/first_hour.py $(BENCH_ARGS)
 
 clean: ## remove the environment, caches and build products; data/ and runs/ stay
-	@rm -rf $(VENV) $(AUDIT) $(SERVE) build dist kernels/build kernels/dist .pytest_cache .mypy_cache .ruff_cache .triton
+	@rm -rf $(VENV) $(AUDIT) $(SERVE) $(NEWEST) build dist kernels/build kernels/dist .pytest_cache .mypy_cache .ruff_cache .triton
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 	@find . -name '*.egg-info' -prune -exec rm -rf {} +
 

@@ -34,10 +34,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
-def python(*argv: str, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess[str]:
+def python(
+    *argv: str, timeout: float = 240, interpreter: str = sys.executable, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """`python argv...` from the repository's root, with these environment variables besides."""
     return subprocess.run(
-        [sys.executable, *argv],
+        [interpreter, *argv],
         cwd=REPOSITORY,
         env=environment() | variables,
         capture_output=True,
@@ -48,14 +50,16 @@ def python(*argv: str, timeout: float = 240, **variables: str) -> subprocess.Com
 
 
 def torchrun(
-    num_ranks: int, *argv: str, timeout: float = 240, **variables: str
+    num_ranks: int, *argv: str, timeout: float = 240, interpreter: str = sys.executable, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node num_ranks argv...` with a rendezvous of its own."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks))
-    return python(*launcher, *argv, timeout=timeout, **variables)
+    return python(*launcher, *argv, timeout=timeout, interpreter=interpreter, **variables)
 
 
-def run_scenarios(num_ranks: int, directory: Path, scenarios: Sequence[Scenario]) -> None:
+def run_scenarios(
+    num_ranks: int, directory: Path, scenarios: Sequence[Scenario], interpreter: str = sys.executable
+) -> None:
     """Run all scenarios in one launch; run NAME saves under `directory/NAME`."""
     plan = [
         {
@@ -72,7 +76,7 @@ def run_scenarios(num_ranks: int, directory: Path, scenarios: Sequence[Scenario]
     worker = ("tests/integration/worker.py", str(path))
     timeout = 240 + 20 * len(scenarios)  # many runs in one launch, on machines that do other things as well
     start = functools.partial(torchrun, num_ranks) if num_ranks > 1 else python
-    done = start(*worker, timeout=timeout)
+    done = start(*worker, timeout=timeout, interpreter=interpreter)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
 
 
