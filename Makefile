@@ -91,7 +91,7 @@ fuzz: setup ## damaged and senseless input for every reader, 10,000 of them (LAV
 NEWEST := .venv-newest
 NEWEST_PYTHON ?= python3.12
 # Where layouts, checkpoints and what bends Megatron-Core are tested.
-SPAN := tests/unit/model tests/unit/objectives tests/unit/test_checkpoint.py tests/unit/test_intact.py \
+SPAN := tests/unit/model tests/unit/objectives tests/unit/train/test_checkpoint.py tests/unit/megatron/test_intact.py \
     tests/integration/test_layouts.py
 
 test-matrix: setup ## the newest supported Python and Megatron-Core (5 GB, an environment of its own), and across

@@ -43,9 +43,9 @@ SHOWN = {
         "test_a_model_type_that_the_library",
     ),
     "a plain Qwen directory": ("integration/test_chat_tool.py", "test_answer_about_two_images"),
-    "prompt with <|image_pad|>": ("unit/tools/test_tool_arguments.py", "test_special_tokens_in_a_question"),
+    "prompt with <|image_pad|>": ("unit/cli/test_tool_arguments.py", "test_special_tokens_in_a_question"),
     "second image in a later turn": ("integration/test_chat_tool.py", "test_conversation_keeps_its_images"),
-    "WORLD_SIZE=2 RANK=0": ("unit/core/test_environment.py", "test_a_taken_port"),
+    "WORLD_SIZE=2 RANK=0": ("unit/megatron/test_environment.py", "test_a_taken_port"),
     "two runs started together": ("integration/test_survival.py", "test_a_second_run_in_the_same_folder"),
     "--load at iteration 8": ("integration/test_survival.py", "test_a_resume_is_held_to_the_run"),
     "20 damaged images of 200": ("integration/test_data_failures.py", "test_damaged_images_train_to_the_end"),
@@ -56,9 +56,9 @@ SHOWN = {
     "int8 weights without scale": ("unit/model/test_tower_files.py", '"int8"'),
     "preprocessor_config.json with size": ("unit/data/test_processor_cases.py", '"size null"'),
     "CMYK JPEG without Adobe": ("unit/data/test_image_cases.py", '"cmyk without Adobe marker"'),
-    "evaluate: TP 2": ("unit/tools/test_evaluate.py", "test_a_broken_picture_costs_its_own"),
+    "evaluate: TP 2": ("unit/validation/test_answers_of_runs.py", "test_a_broken_picture_costs_its_own"),
     "a tar file as data_path": ("unit/data/test_other_formats.py", "test_samples_of_tars"),
-    "a checkpoint with common.pt missing": ("unit/test_intact.py", "test_every_damage_is_named"),
+    "a checkpoint with common.pt missing": ("unit/megatron/test_intact.py", "test_every_damage_is_named"),
 }
 NOT_SHOWN = {"tokenizer file changed after training", "preprocessor size 64 with a tower"}
 """Beginnings of cases that no test shows yet."""

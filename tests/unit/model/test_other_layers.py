@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from unit.test_checkpoint import (  # noqa: F401 (fixtures)
+from unit.train.test_checkpoint import (  # noqa: F401 (fixtures)
     FINGERPRINT,
     STEPS,
     config_of,
