@@ -87,7 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", default=[], help="these alone, in this order")
     parser.add_argument("--seeds", nargs="+", type=int, help="in place of the setting's")
     parser.add_argument("--summarize", action="store_true", help="train nothing, read what is finished")
-    parser.add_argument("--metrics", type=Path, help="train nothing, read a metrics.jsonl.gz of another time")
+    parser.add_argument(
+        "--metrics",
+        type=Path,
+        nargs="+",
+        help="train nothing, read the metrics.jsonl.gz of other times, together",
+    )
     arguments = parser.parse_args(argv)
     try:
         setting = load(arguments.setting, seeds=arguments.seeds)
@@ -97,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (arguments.summarize or arguments.metrics):
             prepare(setting, cells, arguments.output)
             follow(cells, setting, arguments.output, arguments.processes)
-        found = read(arguments.metrics) if arguments.metrics else collect(setting, arguments.output)
+        kept = [cell for file in arguments.metrics or () for cell in read(file)]
+        found = kept or collect(setting, arguments.output)
         print(write(setting, arguments.output, found))
     except ConfigError as error:
         return refuse(error)
