@@ -102,8 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (arguments.summarize or arguments.metrics):
             prepare(setting, cells, arguments.output)
             follow(cells, setting, arguments.output, arguments.processes)
-        kept = [cell for file in arguments.metrics or () for cell in read(file)]
-        found = kept or collect(setting, arguments.output)
+        if arguments.metrics:
+            found = [cell for file in arguments.metrics for cell in read(file)]
+        else:
+            found = collect(setting, arguments.output)
         print(write(setting, arguments.output, found))
     except ConfigError as error:
         return refuse(error)

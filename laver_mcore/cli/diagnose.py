@@ -16,14 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from laver_mcore.cli.console import refuse
 from laver_mcore.config.errors import ConfigError
 from laver_mcore.config.flags import FlagParser, folder_to_write
 from laver_mcore.config.load import from_recipe, resolve
 from laver_mcore.config.schema import ParallelConfig
-from laver_mcore.data.records.sample import Turn
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -134,6 +131,9 @@ def _told_of(path: Path) -> Iterator[None]:
 
 def reconstruct(folder: str, images: Sequence[Any]) -> Any:
     """What the run in `folder` makes of tokens of `images`, masked as at its last iteration."""
+    import numpy as np
+
+    from laver_mcore.data.records.sample import Turn
     from laver_mcore.diagnose.reconstruction import Reconstruction, last_masks, latents, nearest
     from laver_mcore.megatron import parallel
     from laver_mcore.train.build import (

@@ -207,9 +207,9 @@ def _build(
         num_workers, mp_context=spawn, initializer=_start, initargs=(source, tokenizer, system_prompt)
     )
     try:
-        futures = [pool.submit(_measure_here, chunk) for chunk in chain(first, chunks)]
-        measured = (future.result() for future in futures)
-        return _assemble(source, _followed(source, measured, len(futures) * _CHUNK))
+        sizes = {pool.submit(_measure_here, chunk): len(chunk) for chunk in chain(first, chunks)}
+        measured = (future.result() for future in sizes)
+        return _assemble(source, _followed(source, measured, sum(sizes.values())))
     finally:
         pool.shutdown(cancel_futures=True)
 
