@@ -27,12 +27,12 @@ from laver_mcore.megatron.checkpoints import (
     identity,
     tokenizer_identity,
 )
-from laver_mcore.megatron.optimizer_state import beside, load_state, sharded_parameters, sharded_state
+from laver_mcore.megatron.optimizer_state import load_state, sharded_parameters, sharded_state
 from laver_mcore.megatron.publishing import Write, check_finite, check_space, writing
 from laver_mcore.megatron.unpickling import reading
 from laver_mcore.model.teacher import Teacher
 from laver_mcore.train.engine import Engine
-from laver_mcore.train.saved_weights import metadata, model_state, open_newest, put_weights
+from laver_mcore.train.saved_weights import metadata, model_state, open_newest, put_weights, teacher_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +52,6 @@ def _without_frozen(config: Config) -> bool:
     return config.model.lora_rank > 0 and not config.run.save_frozen
 
 
-def _teacher_state(
-    teacher: Teacher, model: dict[str, Any], averages: dict[torch.nn.Parameter, torch.Tensor]
-) -> tuple[dict[str, Any], dict[str, torch.nn.Parameter]]:
-    """Whole averages under the model's own sharding, each key prefixed with `teacher.`; and whose each entry is."""
-    state: dict[str, Any] = {}
-    owners: dict[str, torch.nn.Parameter] = {}
-    for sharded in sharded_parameters(model):
-        if sharded.data in averages:
-            # Layers share a key and differ by offset, so the entry is named by its place in the dictionary.
-            name, parameter = str(len(state)), sharded.data
-            state[name] = beside(sharded, "teacher", averages[parameter], keeps=teacher.keeps(parameter))
-            owners[name] = parameter
-    return state, owners
-
-
 def _teacher_to_save(teacher: Teacher | None, model: dict[str, Any]) -> dict[str, Any]:
     if teacher is None:
         return {}
@@ -76,7 +61,7 @@ def _teacher_to_save(teacher: Teacher | None, model: dict[str, Any]) -> dict[str
         keeps = teacher.keeps(sharded.data)
         if is_main_replica(sharded.replica_id) if keeps is None else keeps:
             written.add(sharded.data)
-    return _teacher_state(teacher, model, teacher.whole_averages(written))[0]
+    return teacher_state(model, teacher.whole_averages(written), teacher.keeps)[0]
 
 
 def _optimizer_state(engine: Engine, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
@@ -176,7 +161,8 @@ def load(engine: Engine, directory: str | Path, data_fingerprint: str) -> Progre
     owners: dict[str, torch.nn.Parameter] = {}
     if engine.teacher is not None:
         wanted = [p for p in engine.teacher.parameters if engine.teacher.keeps(p) is not False]
-        teacher, owners = _teacher_state(engine.teacher, model, {p: torch.empty(p.shape) for p in wanted})
+        averages = {p: torch.empty(p.shape) for p in wanted}
+        teacher, owners = teacher_state(model, averages, engine.teacher.keeps)
     state = {
         **model,
         "teacher": teacher,

@@ -1,6 +1,7 @@
 """Weights of another run or conversion: the newest whole checkpoint that fits, and what of it a model takes."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,26 @@ def load_weights(
     return sorted(fresh)
 
 
+def teacher_state(
+    model: dict[str, Any],
+    averages: dict[torch.nn.Parameter, torch.Tensor],
+    keeps: Callable[[Any], bool | None] = lambda _: None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Whole averages under the model's own sharding, each key prefixed with `teacher.`; and whose each entry is.
+
+    `keeps` says of a parameter what `beside` asks of it.
+    """
+    state: dict[str, Any] = {}
+    owners: dict[str, Any] = {}
+    for sharded in sharded_parameters(model):
+        if sharded.data in averages:
+            # Layers share a key and differ by offset, so the entry is named by its place in the dictionary.
+            name, parameter = str(len(state)), sharded.data
+            state[name] = beside(sharded, "teacher", averages[parameter], keeps=keeps(parameter))
+            owners[name] = parameter
+    return state, owners
+
+
 def load_teacher(
     chunks: list[VisionLanguageModel], config: Config, vocab_size: int, directory: str | Path
 ) -> None:
@@ -149,13 +170,9 @@ def load_teacher(
     folder, common = open_newest(directory, identity(config, vocab_size), verify=config.run.verify_checkpoint)
     with reading(folder):
         stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
-    state: dict[str, Any] = {}
-    owners: dict[str, torch.Tensor] = {}
-    for sharded in sharded_parameters(model_state(chunks, common.get("without_frozen", False))):
-        if f"teacher.{sharded.key}" in stored:
-            name = str(len(state))  # layers share a key
-            state[name] = beside(sharded, "teacher", torch.empty(sharded.data.shape), keeps=None)
-            owners[name] = sharded.data
+    model = model_state(chunks, common.get("without_frozen", False))
+    averaged = [s.data for s in sharded_parameters(model) if f"teacher.{s.key}" in stored]
+    state, owners = teacher_state(model, {parameter: torch.empty(parameter.shape) for parameter in averaged})
     if not state:
         raise CheckpointError(f"{folder} holds no teacher")
     with reading(folder):
